@@ -1,0 +1,1 @@
+"""qcrd_ray: quality-guided contrastive rationale distillation on Ray."""

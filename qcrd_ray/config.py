@@ -1,0 +1,389 @@
+"""The typed experiment config: every key, its meaning, its range and its default, in one place.
+
+YAML file, then dotted overrides (`optim.lr=1e-4`), checked by the pydantic models below. Nothing here imports torch,
+transformers, ray or vllm, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from qcrd_ray.errors import UserError
+
+TaskName = Literal["svamp", "cqa", "anli1", "esnli", "chain_sum", "custom"]
+MethodName = Literal["finetune", "single_task", "dss", "mi", "qcrd", "mi+qcrd"]
+SchemeName = Literal["min_max", "max_min", "sampling", "mean", "weighted_mean"]
+NegativeSource = Literal[
+    "lagged", "fixed", "self_consistency", "lagged+self_consistency", "fixed+self_consistency", "none"
+]
+TeacherEngine = Literal["recorded", "scripted"]
+SamplerEngine = Literal["auto", "vllm", "transformers"]
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    path: str | None = Field(
+        None,
+        description="Folder with train, valid and perhaps test as .jsonl or .parquet; a Distilling-step-by-step "
+        "folder; hub:NAME for a Hugging Face dataset; generated:chain_sum for questions made by reasoning-gym.",
+    )
+    limit: Positive | None = Field(None, description="Use the first N usable questions of the training split.")
+    eval_limit: Positive | None = Field(None, description="Use the first N questions of the held-out splits.")
+    teachers: list[str] | None = Field(None, description="Names of the teachers to take samples from. Default: all.")
+    max_positives: Positive | None = Field(None, description="Keep at most N positive rationales a question.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Our column to yours, for example {question: prompt, answer: gold}."
+    )
+    generated: dict[str, Positive] = Field(
+        default_factory=lambda: {"train": 960, "valid": 60, "test": 200},
+        description="Questions a split, for data.path=generated:….",
+    )
+    max_rationale_chars: Positive = Field(
+        20_000, description="A teacher's sample longer than this is left out and counted."
+    )
+
+
+class TaskConfig(Section):
+    """What `task=custom` needs; ignored by the others."""
+
+    template: str = Field("{question}", description="Python format string of the prompt; {question}, {choices}.")
+    answer_pattern: str = Field(
+        r"[Tt]he answer is:?\s*(?P<answer>.+?)\s*\.?\s*(?:\n|$)",
+        description="Regular expression that finds the group `answer` in a teacher's output; the last match counts.",
+    )
+    compare: Literal["text", "number", "choice"] = Field("text", description="How two answers are compared.")
+
+
+class TeacherConfig(Section):
+    engine: TeacherEngine = Field("recorded", description="Where the teacher's samples come from.")
+    model: str | None = Field(None, description="Name of the teacher, for engines that load or ask one.")
+    samples: Positive = Field(5, description="K, the paper's m: samples a question that are voted.")
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] = Field(0.7, description="Sampling temperature.")
+    seed: NonNegative = Field(0, description="Seed of the teacher's samples and of the order of recorded ones.")
+
+
+class StudentConfig(Section):
+    model: str = Field(
+        "embedded:smollm2-135m",
+        description="Hugging Face name, folder, embedded:smollm2-135m, scratch:t5-tiny or scratch:llama-tiny.",
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that ships with the model.")
+    max_input_tokens: Positive = Field(1024, description="A question's prompt is cut to this many tokens.")
+    max_rationale_tokens: Positive = Field(256, description="A rationale target is cut to this many tokens.")
+    max_label_tokens: Positive = Field(64, description="A label target is cut to this many tokens.")
+    dropout: Fraction | None = Field(None, description="Dropout of the student. Default: as the model has it.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+
+
+class OptimConfig(Section):
+    lr: Annotated[float, Field(gt=0.0, le=1.0)] = Field(5e-5, description="Peak learning rate of the student.")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.0, description="AdamW's weight decay.")
+    warmup_steps: NonNegative = Field(0, description="Steps of linear warm-up before the linear decay to 0.")
+    clip: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Gradient norm to clip at; 0: no clipping.")
+
+
+class LossConfig(Section):
+    beta: Annotated[float, Field(ge=0.0)] = Field(0.2, description="β, weight of the negative part, equation (3).")
+    margin: Annotated[float, Field(ge=0.0)] = Field(3.0, description="δ in nats: a negative beyond it is at rest.")
+    alpha_label: Annotated[float, Field(ge=0.0)] = Field(0.5, description="α₁ of equation (8).")
+    alpha_contrastive: Annotated[float, Field(ge=0.0)] = Field(0.5, description="α₂ of equation (8).")
+    alpha_judge: Annotated[float, Field(ge=0.0)] = Field(0.5, description="α₃ of equation (8).")
+    judge_decay: Fraction = Field(0.9, description="Factor on α₃ each iteration (section 4.1).")
+
+
+class TrainConfig(Section):
+    max_steps: Positive = Field(10_000, description="Optimizer steps.")
+    iteration_steps: Positive = Field(100, description="Optimizer steps an iteration t; a snapshot each.")
+    batch_size: Positive = Field(8, description="Questions a step, over all workers.")
+    workers: Positive = Field(1, description="Training workers.")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(0, description="DeepSpeed ZeRO stage.")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="Precision of the student's training.")
+    seed: NonNegative = Field(0, description="Seed of order, initialisation, dropout and negatives.")
+    tokens_per_pass: Positive = Field(
+        8192, description="Padded tokens of one forward pass; a batch is cut into passes, a step never changes."
+    )
+    eval_interval: NonNegative = Field(
+        0, description="Steps between evaluations, a multiple of iteration_steps; 0: before and after only."
+    )
+    checkpoint_interval: Positive = Field(500, description="Steps between checkpoints.")
+    checkpoints_kept: Positive = Field(2, description="Newest checkpoints that are kept.")
+    log_interval: Positive = Field(10, description="Steps between two lines of progress.")
+    deepspeed: str | None = Field(None, description="DeepSpeed JSON to start from (jobs/deepspeed/).")
+    max_failures: NonNegative = Field(3, description="Worker failures after which the run ends.")
+    cpus_per_worker: Annotated[float, Field(gt=0.0)] = Field(1.0, description="Logical CPUs of a worker.")
+    gpus_per_worker: Annotated[float, Field(ge=0.0)] = Field(0.0, description="GPUs of a worker.")
+    collective_timeout_s: Positive = Field(300, description="Seconds after which a collective operation fails.")
+
+
+class NegativesConfig(Section):
+    source: NegativeSource = Field("lagged", description="Where the negatives of a step come from.")
+    checkpoint: str | None = Field(None, description="Student folder that negatives.source=fixed samples from.")
+    lag: NonNegative = Field(5, description="j: iteration t takes its negatives from the snapshot of t - j.")
+    count: NonNegative = Field(1, description="k: negatives a question.")
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] = Field(1.5, description="Temperature; 0 is greedy.")
+    top_k: NonNegative = Field(50, description="Sample among the likeliest N tokens; 0: the whole vocabulary.")
+    max_tokens: Positive | None = Field(None, description="Tokens of a negative. Default: max_rationale_tokens.")
+
+
+class JudgeConfig(Section):
+    enabled: bool = Field(True, description="Weigh rationales with the discriminator.")
+    encoder: str = Field(
+        "embedded:minilm-l6",
+        description="Encoder to start from: Hugging Face name, folder, embedded:minilm-l6, scratch:bert-tiny.",
+    )
+    update_interval: Positive = Field(1, description="Iterations between online updates of the discriminator.")
+    pretrain_steps: NonNegative = Field(500, description="Steps of pretraining on the teacher's rationales.")
+    pretrain_batch_size: Positive = Field(8, description="Questions a pretraining step.")
+    lr: Annotated[float, Field(gt=0.0, le=1.0)] = Field(5e-5, description="Learning rate of the discriminator.")
+    max_tokens: Positive = Field(512, description="Question and rationale are cut to this many tokens.")
+    hidden_size: Positive = Field(256, description="Width between the two linear layers.")
+
+
+class SamplerConfig(Section):
+    engine: SamplerEngine = Field(
+        "auto", description="Engine of the lagged student: vllm for decoder-only students, else transformers."
+    )
+    actors: Positive = Field(1, description="Sampler actors.")
+    cpus: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Logical CPUs of a sampler.")
+    gpus: Annotated[float, Field(ge=0.0)] = Field(0.0, description="GPUs of a sampler; a fraction shares one.")
+    max_sequences: Positive = Field(64, description="Sequences that an engine generates at once.")
+    chunk_questions: Positive = Field(64, description="Questions that are sampled and written together.")
+    kv_cache_gib: Annotated[float, Field(gt=0.0)] = Field(1.0, description="vLLM's cache on a CPU, GiB.")
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.85, description="Share of a GPU's memory that vLLM takes."
+    )
+    threads: Positive | None = Field(None, description="CPU threads of a sampler. Default: the library's own.")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="Precision of sampling.")
+    ahead_iterations: Positive = Field(16, description="Bound on iterations of negatives that lie ready.")
+    timeout_s: Positive = Field(600, description="Seconds to wait for an engine or a chunk before an error.")
+
+
+class EvaluationConfig(Section):
+    max_new_tokens: Positive = Field(64, description="Greedy tokens of a predicted label.")
+    examples: NonNegative = Field(3, description="Held-out questions whose rationales are shown before and after.")
+
+
+class RunConfig(Section):
+    name: str | None = Field(None, description="Name of the run's folder. Default: task, method and student.")
+    storage_path: str = Field("runs", description="Where runs are kept: a folder or a pyarrow filesystem URI.")
+    resume: Literal["auto", "never", "must"] = Field(
+        "auto", description="Go on with a run of this name: if there is one, never (refuse), or must."
+    )
+    placement_timeout_s: Positive = Field(300, description="Seconds to wait for the cluster's resources.")
+
+
+class ExperimentConfig(Section):
+    """One experiment. A job reads one YAML file of this shape and dotted overrides."""
+
+    task: TaskName = Field("svamp", description="Benchmark: prompt, answer parsing and answer equality.")
+    method: MethodName = Field("qcrd", description="Which losses train the student.")
+    output: str | None = Field(None, description="Folder that jobs/sample_teacher.py writes its tables to.")
+    positives: Literal["vote", "gold"] = Field("vote", description="Positives by self-consistency or by gold.")
+    labels: Literal["gold", "teacher_vote", "teacher_sample"] = Field("gold", description="What the label task learns.")
+    scheme: SchemeName = Field("min_max", description="Many-to-one scheme, section 5.1.")
+    data: DataConfig = Field(default_factory=DataConfig)
+    custom: TaskConfig = Field(default_factory=TaskConfig)
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    student: StudentConfig = Field(default_factory=StudentConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    negatives: NegativesConfig = Field(default_factory=NegativesConfig)
+    judge: JudgeConfig = Field(default_factory=JudgeConfig)
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
+
+    @field_validator("run")
+    @classmethod
+    def _run_name_is_a_folder_name(cls, run: RunConfig) -> RunConfig:
+        if run.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}", run.name):
+            raise ValueError(
+                f"run.name {run.name!r} is no folder name; letters, digits, '.', '_', '+' and '-' are, "
+                "128 at most, the first a letter or digit"
+            )
+        return run
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> ExperimentConfig:
+        if self.train.eval_interval % self.train.iteration_steps:
+            raise ValueError(
+                f"train.eval_interval={self.train.eval_interval} is no multiple of "
+                f"train.iteration_steps={self.train.iteration_steps}; snapshots are evaluated, one an iteration"
+            )
+        if self.scheme == "weighted_mean" and not self.judge.enabled and "qcrd" in self.method:
+            raise ValueError("scheme=weighted_mean weighs by the judge's scores; set judge.enabled=true")
+        if self.negatives.source.startswith("fixed") and not self.negatives.checkpoint:
+            raise ValueError(f"negatives.source={self.negatives.source} needs negatives.checkpoint, a student folder")
+        return self
+
+    @property
+    def uses_rationales(self) -> bool:
+        return self.method not in ("finetune",)
+
+    @property
+    def is_contrastive(self) -> bool:
+        return self.method in ("qcrd", "mi+qcrd")
+
+    @property
+    def sampled_negatives(self) -> int:
+        """Negatives a question that an engine samples (the teacher's minority is not sampled)."""
+        if not self.is_contrastive or self.negatives.source in ("self_consistency", "none"):
+            return 0
+        return self.negatives.count
+
+    @property
+    def run_name(self) -> str:
+        if self.run.name:
+            return self.run.name
+        student = re.sub(r"[^A-Za-z0-9.]+", "-", self.student.model.rstrip("/").split("/")[-1])
+        return f"{self.task}-{self.method}-{student}"[:128]
+
+
+def load_config(file: str | Path | None, overrides: list[str] | None = None) -> ExperimentConfig:
+    """Read a YAML file and dotted overrides into a checked config.
+
+    Raises:
+        UserError: a file that is missing or no YAML mapping, an override without '=', an unknown key, a wrong value.
+    """
+    raw = _read_yaml(Path(file)) if file is not None else {}
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return config_from_dict(raw)
+
+
+def config_from_dict(raw: dict[str, Any]) -> ExperimentConfig:
+    """Check a nested mapping. Raises UserError with one line for the first thing that is wrong."""
+    try:
+        return ExperimentConfig.model_validate(raw)
+    except pydantic.ValidationError as error:
+        raise UserError(_one_line(error)) from None
+
+
+def config_to_yaml(config: ExperimentConfig) -> str:
+    """The resolved config, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def option_lines() -> list[tuple[str, str, str, str]]:
+    """(key, type, default, description) of every key, in the order of the config."""
+    return list(_walk(ExperimentConfig(), ""))
+
+
+def _walk(section: BaseModel, prefix: str) -> Any:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from _walk(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _type_name(field.annotation), _show(value), field.description or ""
+
+
+def _type_name(annotation: Any) -> str:
+    if getattr(annotation, "__origin__", None) is Literal:
+        return "|".join(str(value) for value in get_args(annotation))
+    arguments = [a for a in get_args(annotation) if a is not type(None)]
+    if arguments and not isinstance(annotation, type) and "list" not in str(annotation) and "dict" not in str(annotation):
+        return _type_name(arguments[0])
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, with 1e-4 read as a number (YAML 1.1 wants 1.0e-4) and no key given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)$"),
+    list("-+0123456789."),
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(str(path), siblings, 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"config file {path}: not found{hint}")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path}: no valid YAML: {error}") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise UserError(f"config file {path}: expected a mapping of keys, found {type(raw).__name__}")
+    return raw
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"argument {override!r}: expected key=value, for example optim.lr=1e-4")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"argument {override!r}: the value is no valid YAML; quote it") from None
+    *sections, leaf = key.split(".")
+    node = raw
+    for depth, section in enumerate(sections):
+        child = node.setdefault(section, {})
+        if child is None:
+            child = node[section] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"argument {override!r}: {'.'.join(sections[: depth + 1])} is a value, no section")
+        node = child
+    if isinstance(value, dict) and isinstance(node.get(leaf), dict):
+        node[leaf] = {**node[leaf], **value}
+    else:
+        node[leaf] = value
+
+
+def _one_line(error: pydantic.ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    count = error.error_count()
+    more = f" (and {count - 1} more)" if count > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = [name for name, *_ in option_lines()] + list(ExperimentConfig.model_fields)
+        near = difflib.get_close_matches(key, known, 1, 0.4)
+        if not near:
+            near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]][:1]
+        hint = f"did you mean {near[0]}?" if near else "see --help for the keys"
+        return f"config key {key}: unknown; {hint}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"config: {message}{more}"
+    return f"config key {key}: {message}, got {_clip(first.get('input'))}{more}"
+
+
+def _clip(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,1 @@
+"""All that generates text: the engine protocol, one file an engine, and the actor pool."""
