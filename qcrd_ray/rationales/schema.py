@@ -1,0 +1,154 @@
+"""The tables between the stages. Their schemas are here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from qcrd_ray.errors import UserError
+
+QUESTIONS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("question", pa.string(), nullable=False),
+        pa.field("answer", pa.string()),
+        pa.field("target", pa.string()),
+        pa.field("choices", pa.list_(pa.string())),
+    ]
+)
+"""`answer` is gold and serves equality only; `target` is what a student learns to write for it."""
+
+TEACHER_SAMPLES = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("sample_index", pa.int32(), nullable=False),
+        pa.field("rationale", pa.string(), nullable=False),
+        pa.field("answer", pa.string()),
+        pa.field("target", pa.string()),
+        pa.field("teacher", pa.string()),
+        pa.field("temperature", pa.float32()),
+        pa.field("seed", pa.int64()),
+        pa.field("finish_reason", pa.string()),
+        pa.field("completion_tokens", pa.int32()),
+        pa.field("fingerprint", pa.string()),
+    ]
+)
+"""`answer` is the teacher's own, null where it could not be parsed; what a recorded sample does not tell is null."""
+
+RATIONALE_SETS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("question", pa.string(), nullable=False),
+        pa.field("choices", pa.list_(pa.string())),
+        pa.field("answer", pa.string()),
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("positives", pa.list_(pa.string()), nullable=False),
+        pa.field("negatives", pa.list_(pa.string()), nullable=False),
+        pa.field("agreement", pa.float32()),
+        pa.field("votes_gold", pa.bool_()),
+        pa.field("sample0", pa.string()),
+        pa.field("sample0_label", pa.string()),
+    ]
+)
+"""One row a question. `label`: what the label task learns. `agreement`: votes of the winner over parsed samples.
+`votes_gold`: whether the winner is the gold answer, null without one. `sample0` and `sample0_label`: the rationale of
+sample 0 and its answer in the student's form, null where there is none or where it could not be parsed."""
+
+HELD_OUT = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("question", pa.string(), nullable=False),
+        pa.field("choices", pa.list_(pa.string())),
+        pa.field("answer", pa.string(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),
+    ]
+)
+"""Questions that a student is evaluated on. `label` is the gold answer in the form that the student learns."""
+
+NEGATIVES = pa.schema(
+    [
+        pa.field("epoch", pa.int32(), nullable=False),
+        pa.field("step", pa.int32(), nullable=False),
+        pa.field("iteration", pa.int32(), nullable=False),
+        pa.field("snapshot", pa.int32(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("negative_index", pa.int32(), nullable=False),
+        pa.field("rationale", pa.string(), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("mean_logprob", pa.float32()),
+        pa.field("finish_reason", pa.string()),
+        pa.field("temperature", pa.float32()),
+        pa.field("top_k", pa.int32()),
+        pa.field("seed", pa.int64()),
+    ]
+)
+"""One row for each (epoch, step, id, negative_index), from which its seed is hashed. `mean_logprob` is raw, at
+temperature 1, under the snapshot that made it."""
+
+_SAMPLE_FIELDS = [TEACHER_SAMPLES.field(name) for name in TEACHER_SAMPLES.names if name not in ("id", "sample_index")]
+
+QUESTIONS_WITH_SAMPLES = pa.schema(
+    [
+        *QUESTIONS,
+        pa.field("samples", pa.list_(pa.struct(_SAMPLE_FIELDS)), nullable=False),
+        pa.field("too_long", pa.int32(), nullable=False),
+        pa.field("empty", pa.int32(), nullable=False),
+        pa.field("error", pa.string()),
+    ]
+)
+"""What a reader gives: questions, each with its samples in voting order. `too_long` and `empty` count samples that
+were left out. A row with `error` ends the stream: it stands where the reader met something that the user must mend,
+so that a consumer sees it in order and only if it gets there."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row of `questions`."""
+
+    id: str
+    question: str
+    answer: str | None = None
+    target: str | None = None
+    choices: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class TeacherSample:
+    """A row of `teacher_samples` without its question's id; its place in a sequence is its `sample_index`."""
+
+    rationale: str
+    answer: str | None = None
+    target: str | None = None
+    teacher: str | None = None
+    temperature: float | None = None
+    seed: int | None = None
+    finish_reason: str | None = None
+    completion_tokens: int | None = None
+    fingerprint: str | None = None
+
+
+def check_table(schema: pa.Schema, expected: pa.Schema, name: str, columns: Sequence[str] | None = None) -> None:
+    """Check that a table has the columns of a schema, with their types.
+
+    Args:
+        schema: the table's own.
+        expected: one of this file.
+        name: what to call the table in an error.
+        columns: the columns that are needed; all of `expected` by default.
+
+    Raises:
+        UserError: a missing column (with those that are there), a column of another type.
+    """
+    for column in columns if columns is not None else expected.names:
+        if column not in schema.names:
+            raise UserError(f"{name}: no column {column!r}; there are: {', '.join(schema.names) or 'none'}")
+        found, wanted = schema.field(column).type, expected.field(column).type
+        if not found.equals(wanted) and not (pa.types.is_large_string(found) and pa.types.is_string(wanted)):
+            raise UserError(f"{name}: column {column!r} is {found}, expected {wanted}")
+
+
+def as_rows(table: pa.Table | pa.RecordBatch) -> list[Mapping[str, object]]:
+    """Rows as plain dicts, for batches that are small."""
+    return list(table.to_pylist())
