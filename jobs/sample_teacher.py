@@ -54,7 +54,7 @@ def show(counts: Counts) -> None:
         ("questions used / read", f"{train.used} / {train.questions}"),
         *((f"dropped: {reason}", f"{drop.count} ({', '.join(drop.ids)})") for reason, drop in train.dropped.items()),
         ("samples voted (parsed, unparsed)", f"{train.samples} ({train.parsed}, {train.unparsed})"),
-        ("samples left out: too long, empty", f"{train.too_long}, {train.empty}"),
+        ("samples left out: too long, empty, orphans", f"{train.too_long}, {train.empty}, {train.orphans}"),
         ("single-sample accuracy", train.single_sample_accuracy),
         ("vote accuracy", train.vote_accuracy),
         ("wrongly voted, yet used", train.wrongly_voted),

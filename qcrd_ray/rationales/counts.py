@@ -48,6 +48,7 @@ class TrainCounts(_Record):
         samples_recorded: samples there were to choose from.
         parsed, unparsed: voted samples with and without an answer.
         too_long, empty: samples left out before the vote.
+        orphans: samples of a flat table that belong to no question (0 where `data.limit` ended the reading).
         short_of_samples: questions with some samples, but fewer than `teacher.samples`.
         single_sample_accuracy: right samples over voted samples, unparsed ones counting as wrong.
         vote_accuracy: questions whose vote is gold over questions with samples; no vote counts as wrong.
@@ -65,6 +66,7 @@ class TrainCounts(_Record):
     unparsed: int
     too_long: int
     empty: int
+    orphans: int
     short_of_samples: int
     single_sample_accuracy: float | None
     vote_accuracy: float | None
@@ -163,6 +165,7 @@ class TrainTally:
             "parsed": parsed.sum(),
             "too_long": _ints(batch, "too_long").sum(),
             "empty": _ints(batch, "empty").sum(),
+            "orphans": _ints(batch, "orphans").sum(),
             "short_of_samples": ((voted > 0) & (voted < self._wanted)).sum(),
             "asked": asked.sum(),
             "asked_samples": voted[asked].sum(),
@@ -200,6 +203,7 @@ class TrainTally:
                     "parsed",
                     "too_long",
                     "empty",
+                    "orphans",
                     "short_of_samples",
                     "wrongly_voted",
                 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -95,11 +95,12 @@ QUESTIONS_WITH_SAMPLES = pa.schema(
         pa.field("samples", pa.list_(pa.struct(_SAMPLE_FIELDS)), nullable=False),
         pa.field("too_long", pa.int32(), nullable=False),
         pa.field("empty", pa.int32(), nullable=False),
+        pa.field("orphans", pa.int32(), nullable=False),
         pa.field("error", pa.string()),
     ]
 )
 """What a reader gives: questions, each with its samples in voting order. `too_long` and `empty` count samples that
-were left out. A row with `error` ends the stream: it stands where the reader met something that the user must mend,
+were left out, `orphans` (on the last row) those of a flat table that belong to no question. A row with `error` ends the stream: it stands where the reader met something that the user must mend,
 so that a consumer sees it in order and only if it gets there."""
 
 
@@ -147,8 +148,3 @@ def check_table(schema: pa.Schema, expected: pa.Schema, name: str, columns: Sequ
         found, wanted = schema.field(column).type, expected.field(column).type
         if not found.equals(wanted) and not (pa.types.is_large_string(found) and pa.types.is_string(wanted)):
             raise UserError(f"{name}: column {column!r} is {found}, expected {wanted}")
-
-
-def as_rows(table: pa.Table | pa.RecordBatch) -> list[Mapping[str, object]]:
-    """Rows as plain dicts, for batches that are small."""
-    return list(table.to_pylist())

@@ -64,12 +64,14 @@ class SourceRow:
     Attributes:
         too_long: samples left out because they exceed `data.max_rationale_chars`.
         empty: samples left out because no rationale stands in them.
+        orphans: on the last row, samples of a flat table that belong to no question.
     """
 
     question: Question
     samples: tuple[TeacherSample, ...] = ()
     too_long: int = 0
     empty: int = 0
+    orphans: int = 0
 
 
 def splits_available(config: ExperimentConfig) -> tuple[str, ...]:
@@ -93,11 +95,16 @@ def read_split(config: ExperimentConfig, task: Task, split: str, samples: bool =
         UserError: as the batches are drawn, at the first thing that the user must mend.
     """
     rows: list[dict[str, Any]] = []
-    for row in read_rows(config, task, split, samples):
-        rows.append(_arrow_row(row))
-        if len(rows) == BATCH_ROWS:
+    try:
+        for row in read_rows(config, task, split, samples):
+            rows.append(_arrow_row(row))
+            if len(rows) == BATCH_ROWS:
+                yield pa.RecordBatch.from_pylist(rows, schema=QUESTIONS_WITH_SAMPLES)
+                rows = []
+    except UserError:
+        if rows:
             yield pa.RecordBatch.from_pylist(rows, schema=QUESTIONS_WITH_SAMPLES)
-            rows = []
+        raise
     if rows:
         yield pa.RecordBatch.from_pylist(rows, schema=QUESTIONS_WITH_SAMPLES)
 
@@ -126,6 +133,7 @@ def read_rows(config: ExperimentConfig, task: Task, split: str, samples: bool = 
     columns = _Columns(config, kind)
     seen: dict[int, int] = {}
     known_teachers: set[str] = set()
+    last: SourceRow | None = None
     name = str(_question_file(kind, Path(location), split) or location) if kind != "hub" else config.data.path
     with _FlatSamples(config, columns, kind, Path(location), split if samples else None) as flat:
         for index, (place, row) in enumerate(_raw_rows(config, kind, location, split)):
@@ -138,8 +146,15 @@ def read_rows(config: ExperimentConfig, task: Task, split: str, samples: bool = 
             if not samples:
                 yield SourceRow(question)
                 continue
+            if last is not None:
+                yield last
             recorded = flat.of(question.id) if flat.path else columns.samples(row, place)
-            yield _with_samples(config, task, columns, question, recorded, known_teachers)
+            last = _with_samples(config, task, columns, question, recorded, known_teachers)
+            if flat.path is None:
+                yield last
+                last = None
+        if last is not None:
+            yield dataclasses.replace(last, orphans=flat.orphans(seen))
     if not seen:
         raise UserError(f"{name}: the split {split!r} is empty")
     unknown = sorted(set(config.data.teachers or ()) - known_teachers) if samples else []
@@ -591,6 +606,7 @@ def _arrow_row(row: SourceRow, error: str | None = None) -> dict[str, Any]:
         "samples": [dataclasses.asdict(sample) for sample in row.samples],
         "too_long": row.too_long,
         "empty": row.empty,
+        "orphans": row.orphans,
         "error": error,
     }
 
@@ -627,6 +643,13 @@ class _FlatSamples:
         query = "SELECT number, row FROM samples WHERE identity = ? ORDER BY number"
         found = self._database.execute(query, (stable_hash(question_id),))
         return [(_place(self.path, unit, number), json.loads(row)) for number, row in found]
+
+    def orphans(self, questions: Mapping[int, int]) -> int:
+        """Samples whose id is none of those questions' (hashed) ids."""
+        if self.path is None:
+            return 0
+        found = self._database.execute("SELECT identity, COUNT(*) FROM samples GROUP BY identity")
+        return sum(count for identity, count in found if identity not in questions)
 
     def __exit__(self, *_: object) -> None:
         if self.path is not None:

@@ -62,14 +62,14 @@ PARQUET_PART_ROWS = 16_384
 RECORDED = "recorded"
 _BLOCK_BYTES = 4 << 20
 
+_COUNTED = ("recorded", "too_long", "empty", "orphans", "voted", "parsed", "majority", "right")
 _VOTED = pa.schema(
     [
         *(field.with_nullable(True) for field in RATIONALE_SETS),
         QUESTIONS_WITH_SAMPLES.field("samples").with_nullable(True),
         pa.field("error", pa.string()),
         pa.field("reason", pa.string()),
-        *(pa.field(name, pa.int32()) for name in ("recorded", "too_long", "empty", "voted", "parsed", "majority")),
-        pa.field("right", pa.int32()),
+        *(pa.field(name, pa.int32()) for name in _COUNTED),
     ]
 )
 """What the voting stage gives: a row of `rationale_sets` or the reason why there is none, the samples, the counts."""
@@ -166,7 +166,8 @@ def write_rationale_sets(
         check_teachers(config, task, split)
     if not counts.used:
         raise UserError(
-            f"no question of the split {split!r} in {config.data.path} can be used: {describe_drops(counts.dropped)}"
+            f"no question of the split {split!r} in {config.data.path} can be used: {describe_drops(counts.dropped)}; "
+            f"samples left out: {counts.too_long} too long, {counts.empty} empty"
         )
     return counts
 
@@ -313,6 +314,7 @@ def _voted_row(row: dict[str, Any], task: Task, config: ExperimentConfig, teache
         "recorded": len(samples),
         "too_long": row["too_long"],
         "empty": row["empty"],
+        "orphans": row["orphans"],
         "voted": tally.samples,
         "parsed": tally.parsed,
         "majority": tally.majority,

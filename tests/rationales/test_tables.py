@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from qcrd_ray.config import ExperimentConfig, config_from_dict
+from qcrd_ray.errors import UserError
+from qcrd_ray.rationales import tables
+from qcrd_ray.rationales.counts import Counts
+from qcrd_ray.rationales.schema import HELD_OUT, RATIONALE_SETS, TEACHER_SAMPLES, check_table
+from qcrd_ray.sampling.scripted import NAME, slip_probability
+from qcrd_ray.sampling.teacher import prepare_tables
+
+
+def source(folder: Path, answers: dict[str, list[str | None]], gold: str = "1") -> Path:
+    """A folder whose questions have samples with the given answers."""
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for name, given in answers.items():
+        samples = [{"teacher": "t", "rationale": f"{name} {i}", "answer": a} for i, a in enumerate(given)]
+        lines.append({"id": name, "question": f"{name}?", "answer": gold, "teacher_samples": samples})
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "valid.jsonl").write_text(json.dumps({"id": "v", "question": "v?", "answer": "2", "equation": "( 2 )"}))
+    return folder
+
+
+def config(path: Path | str, **keys: Any) -> ExperimentConfig:
+    data = {"path": str(path), **keys.pop("data", {})}
+    return config_from_dict({"task": "svamp", **keys, "data": data})
+
+
+ANSWERS: dict[str, list[str | None]] = {
+    "only-right": ["1", "1.0", "1"],
+    "split": ["1", "2", "2"],
+    "unparsed": [None, None],
+    "none": [],
+    "only-wrong": ["3", "3", None],
+}
+
+
+def test_tables_and_counts(ray_session: Any, tmp_path: Path) -> None:
+    counts = prepare_tables(config(source(tmp_path / "in", ANSWERS)), tmp_path / "out")
+    train = counts.train
+    assert (train.questions, train.used) == (5, 3)
+    assert train.dropped["no_parsed_answer"].ids == ("unparsed",)
+    assert train.dropped["no_samples"].ids == ("none",)
+    assert (train.samples, train.parsed, train.unparsed, train.short_of_samples) == (11, 8, 3, 4)
+    assert train.single_sample_accuracy == 4 / 11
+    assert train.vote_accuracy == 1 / 4
+    assert train.wrongly_voted == 2
+    assert (train.by_gold.average_right, train.by_gold.only_right, train.by_gold.only_wrong) == (4 / 3, 1 / 3, 1 / 3)
+    assert (train.by_vote.average_positives, train.by_vote.only_positives) == (7 / 3, 2 / 3)
+    assert train.agreement_histogram == (0, 0, 0, 0, 0, 0, 1, 0, 0, 2)
+    assert train.agreement_mean == pytest.approx((1 + 2 / 3 + 1) / 3)
+
+    table = tables.open_rationale_table(tmp_path / "out" / "train.arrow")
+    check_table(table.schema, RATIONALE_SETS, "train.arrow")
+    assert table["id"].to_pylist() == ["only-right", "split", "only-wrong"]
+    assert table.equals(pq.read_table(tmp_path / "out" / "rationale_sets").cast(RATIONALE_SETS))
+    held_out = tables.open_rationale_table(tmp_path / "out" / "valid.arrow")
+    check_table(held_out.schema, HELD_OUT, "valid.arrow")
+    assert held_out.to_pylist()[0]["label"] == "( 2 )"
+    samples = pq.read_table(tmp_path / "out" / "teacher_samples")
+    check_table(samples.schema, TEACHER_SAMPLES, "teacher_samples")
+    assert samples.num_rows == 11
+    assert samples["sample_index"].to_pylist() == [0, 1, 2, 0, 1, 2, 0, 1, 0, 1, 2]
+
+
+def test_order_is_the_source_s_over_many_blocks(ray_session: Any, tmp_path: Path) -> None:
+    answers: dict[str, list[str | None]] = {f"q{i}": ["1"] if i % 3 else [] for i in range(2000)}
+    folder = source(tmp_path / "in", answers)
+    counts = prepare_tables(config(folder, data={"limit": 1100}), tmp_path / "out")
+    table = tables.open_rationale_table(tmp_path / "out" / "train.arrow")
+    assert table["id"].to_pylist() == [name for name, given in answers.items() if given][:1100]
+    assert table["id"].num_chunks == 2
+    assert counts.train.used == 1100
+    assert counts.train.questions == 1650
+
+
+def test_tables_are_reused_until_something_changes(ray_session: Any, tmp_path: Path) -> None:
+    folder = source(tmp_path / "in", ANSWERS)
+    output = tmp_path / "out"
+    assert not prepare_tables(config(folder), output).reused
+    before = (output / "train.arrow").stat().st_mtime_ns
+    assert prepare_tables(config(folder), output).reused
+    assert (output / "train.arrow").stat().st_mtime_ns == before
+    assert not prepare_tables(config(folder, labels="teacher_vote"), output).reused
+    source(folder, {"other": ["1"]})
+    assert prepare_tables(config(folder), output).train.questions == 1
+    (output / "counts.json").unlink()
+    assert not prepare_tables(config(folder), output).reused
+
+
+def test_an_error_leaves_the_old_tables(ray_session: Any, tmp_path: Path) -> None:
+    folder = source(tmp_path / "in", ANSWERS)
+    output = tmp_path / "out"
+    prepare_tables(config(folder), output)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with (folder / "train.jsonl").open("a") as file:
+        file.write("no json\n")
+    with pytest.raises(UserError, match=r"train\.jsonl:6"):
+        prepare_tables(config(folder), output)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_what_a_limit_leaves_unread_is_not_judged(ray_session: Any, tmp_path: Path) -> None:
+    folder = source(tmp_path / "in", ANSWERS)
+    with (folder / "train.jsonl").open("a") as file:
+        file.write("no json\n")
+    assert prepare_tables(config(folder, data={"limit": 3}), tmp_path / "out").train.used == 3
+
+
+def test_an_unknown_teacher_is_named_even_with_a_limit(ray_session: Any, tmp_path: Path) -> None:
+    folder = source(tmp_path / "in", ANSWERS)
+    with pytest.raises(UserError, match="'nobody'; known: t"):
+        prepare_tables(config(folder, data={"limit": 1, "teachers": ["t", "nobody"]}), tmp_path / "out")
+
+
+def test_a_teacher_that_is_killed_leaves_nothing_that_looks_complete(ray_session: Any, tmp_path: Path) -> None:
+    stale = tmp_path / "out" / f".tables-{tables.socket.gethostname()}-999999999.tmp"
+    stale.mkdir(parents=True)
+    (stale / "counts.json").write_text("{}")
+    assert not prepare_tables(config(source(tmp_path / "in", ANSWERS)), tmp_path / "out").reused
+    assert not stale.exists()
+
+
+def scripted(**keys: Any) -> ExperimentConfig:
+    teacher = {"engine": "scripted", **keys.pop("teacher", {})}
+    return config("generated:chain_sum", task="chain_sum", teacher=teacher, **keys)
+
+
+def test_scripted_teacher_slips_as_often_as_the_paper_s(ray_session: Any, tmp_path: Path) -> None:
+    counts = prepare_tables(scripted(), tmp_path / "out")
+    assert counts.simulated and counts.teacher == NAME
+    assert counts.train.by_gold.average_right == pytest.approx(3.9, abs=0.12)
+    assert counts.held_out["test"].used == 200
+    teachers = pq.read_table(tmp_path / "out" / "teacher_samples")["teacher"].unique().to_pylist()
+    assert teachers == [NAME]
+
+
+def test_scripted_teacher_is_right_at_temperature_zero(ray_session: Any, tmp_path: Path) -> None:
+    few = {"generated": {"train": 40, "valid": 5}}
+    counts = prepare_tables(scripted(teacher={"temperature": 0.0}, data=few), tmp_path / "cold")
+    assert counts.train.single_sample_accuracy == 1.0
+    again = prepare_tables(scripted(data=few), tmp_path / "one")
+    assert again.train == prepare_tables(scripted(data=few), tmp_path / "two").train
+    one, two = (tables.open_rationale_table(tmp_path / name / "train.arrow") for name in ("one", "two"))
+    assert one.equals(two)
+    assert 0.0 == slip_probability(0.0) < slip_probability(0.7) < slip_probability(10.0) < 1.0
+
+
+def test_scripted_teacher_needs_a_script(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="scripted"):
+        prepare_tables(config(source(tmp_path / "in", ANSWERS), teacher={"engine": "scripted"}), tmp_path / "out")
+    with pytest.raises(UserError, match=r"teacher\.engine=scripted"):
+        prepare_tables(config("generated:chain_sum", task="chain_sum"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not found"):
+        tables.open_rationale_table(tmp_path / "train.arrow")
+    (tmp_path / "train.arrow").write_text("text")
+    with pytest.raises(UserError, match="no Arrow file"):
+        tables.open_rationale_table(tmp_path / "train.arrow")
+    with pytest.raises(UserError, match="no column 'label'"):
+        check_table(TEACHER_SAMPLES, RATIONALE_SETS, "samples", ["id", "label"])
+
+
+def svamp(benchmark_data: Path, output: Path, samples: int) -> Counts:
+    data = {"teachers": ["gpt35turbo-mcckd"]}
+    return prepare_tables(config(benchmark_data / "svamp", data=data, teacher={"samples": samples}), output)
+
+
+def test_gpt35_on_svamp(benchmark_data: Path, ray_session: Any, tmp_path: Path) -> None:
+    ten, five = (svamp(benchmark_data, tmp_path / str(n), n).train for n in (10, 5))
+    assert ten.used == five.used == 508
+    assert ten.dropped["no_samples"].count == 212
+    assert ten.single_sample_accuracy == pytest.approx(0.678, abs=0.01)
+    assert ten.vote_accuracy == pytest.approx(0.835, abs=0.015)
+    assert five.vote_accuracy == pytest.approx(0.807, abs=0.02)
