@@ -1,0 +1,1 @@
+"""Students and the discriminator: Hugging Face networks behind the few calls that training makes."""
