@@ -16,9 +16,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from qcrd_ray.errors import UserError
+from qcrd_ray.seeding import stable_hash
 
 TaskName = Literal["svamp", "cqa", "anli1", "esnli", "chain_sum", "custom"]
-MethodName = Literal["finetune", "single_task", "dss", "mi", "qcrd", "mi+qcrd"]
+MethodName = Literal["finetune", "single_task", "dss", "qcrd"]
 SchemeName = Literal["min_max", "max_min", "sampling", "mean", "weighted_mean"]
 NegativeSource = Literal[
     "lagged", "fixed", "self_consistency", "lagged+self_consistency", "fixed+self_consistency", "none"
@@ -117,13 +118,14 @@ class TrainConfig(Section):
         8192, description="Padded tokens of one forward pass; a batch is cut into passes, a step never changes."
     )
     eval_interval: NonNegative = Field(
-        0, description="Steps between evaluations, a multiple of iteration_steps; 0: before and after only."
+        0, description="Steps between evaluations, each at the next start of an iteration; 0: before and after only."
     )
     checkpoint_interval: Positive = Field(500, description="Steps between checkpoints.")
     checkpoints_kept: Positive = Field(2, description="Newest checkpoints that are kept.")
     log_interval: Positive = Field(10, description="Steps between two lines of progress.")
     deepspeed: str | None = Field(None, description="DeepSpeed JSON to start from (jobs/deepspeed/).")
     max_failures: NonNegative = Field(3, description="Worker failures after which the run ends.")
+    threads: Positive | None = Field(None, description="CPU threads of a worker. Default: cores / workers.")
     cpus_per_worker: Annotated[float, Field(gt=0.0)] = Field(1.0, description="Logical CPUs of a worker.")
     gpus_per_worker: Annotated[float, Field(ge=0.0)] = Field(0.0, description="GPUs of a worker.")
     collective_timeout_s: Positive = Field(300, description="Seconds after which a collective operation fails.")
@@ -158,7 +160,7 @@ class SamplerConfig(Section):
         "auto", description="Engine of the lagged student: vllm for decoder-only students, else transformers."
     )
     actors: Positive = Field(1, description="Sampler actors.")
-    cpus: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Logical CPUs of a sampler.")
+    cpus: Annotated[float, Field(ge=0.0)] = Field(0.5, description="Logical CPUs of a sampler.")
     gpus: Annotated[float, Field(ge=0.0)] = Field(0.0, description="GPUs of a sampler; a fraction shares one.")
     max_sequences: Positive = Field(64, description="Sequences that an engine generates at once.")
     chunk_questions: Positive = Field(64, description="Questions that are sampled and written together.")
@@ -179,10 +181,11 @@ class EvaluationConfig(Section):
 
 class RunConfig(Section):
     name: str | None = Field(None, description="Name of the run's folder. Default: task, method and student.")
-    storage_path: str = Field("runs", description="Where runs are kept: a folder or a pyarrow filesystem URI.")
+    storage_path: str = Field("runs", description="Folder that runs are kept in; on a cluster, one all nodes see.")
     resume: Literal["auto", "never", "must"] = Field(
         "auto", description="Go on with a run of this name: if there is one, never (refuse), or must."
     )
+    verbose: bool = Field(False, description="Show the logs of every Ray worker.")
     placement_timeout_s: Positive = Field(300, description="Seconds to wait for the cluster's resources.")
 
 
@@ -213,19 +216,16 @@ class ExperimentConfig(Section):
     def _run_name_is_a_folder_name(cls, run: RunConfig) -> RunConfig:
         if run.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}", run.name):
             raise ValueError(
-                f"run.name {run.name!r} is no folder name; letters, digits, '.', '_', '+' and '-' are, "
+                f"name {run.name!r} is no folder name; letters, digits, '.', '_', '+' and '-' are, "
                 "128 at most, the first a letter or digit"
             )
+        if "://" in run.storage_path:
+            raise ValueError(f"storage_path {run.storage_path!r} is no folder; expected one that every node sees")
         return run
 
     @model_validator(mode="after")
     def _parts_agree(self) -> ExperimentConfig:
-        if self.train.eval_interval % self.train.iteration_steps:
-            raise ValueError(
-                f"train.eval_interval={self.train.eval_interval} is no multiple of "
-                f"train.iteration_steps={self.train.iteration_steps}; snapshots are evaluated, one an iteration"
-            )
-        if self.scheme == "weighted_mean" and not self.judge.enabled and "qcrd" in self.method:
+        if self.scheme == "weighted_mean" and not self.judge.enabled and self.is_contrastive:
             raise ValueError("scheme=weighted_mean weighs by the judge's scores; set judge.enabled=true")
         if self.negatives.source.startswith("fixed") and not self.negatives.checkpoint:
             raise ValueError(f"negatives.source={self.negatives.source} needs negatives.checkpoint, a student folder")
@@ -233,11 +233,11 @@ class ExperimentConfig(Section):
 
     @property
     def uses_rationales(self) -> bool:
-        return self.method not in ("finetune",)
+        return self.method != "finetune"
 
     @property
     def is_contrastive(self) -> bool:
-        return self.method in ("qcrd", "mi+qcrd")
+        return self.method == "qcrd"
 
     @property
     def sampled_negatives(self) -> int:
@@ -251,7 +251,40 @@ class ExperimentConfig(Section):
         if self.run.name:
             return self.run.name
         student = re.sub(r"[^A-Za-z0-9.]+", "-", self.student.model.rstrip("/").split("/")[-1])
-        return f"{self.task}-{self.method}-{student}"[:128]
+        return f"{self.task}-{self.method}-{student}"[:100] + f"-{stable_hash(self.identity()) % 16**6:06x}"
+
+    def identity(self) -> dict[str, Any]:
+        """Dotted keys and values that decide what is learned; where and how fast it runs is no part of it."""
+        flat = {}
+        for key, value in _flatten(self.model_dump(mode="json"), ""):
+            if not key.startswith(_INFRASTRUCTURE):
+                flat[key] = value
+        return flat
+
+
+_INFRASTRUCTURE = (
+    "output",
+    "run.",
+    "sampler.",
+    "train.workers",
+    "train.zero_stage",
+    "train.threads",
+    "train.deepspeed",
+    "train.checkpoint",
+    "train.log_interval",
+    "train.max_failures",
+    "train.cpus_per_worker",
+    "train.gpus_per_worker",
+    "train.collective_timeout_s",
+)
+
+
+def _flatten(node: Any, prefix: str) -> Any:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _flatten(value, f"{prefix}.{name}" if prefix else name)
+    else:
+        yield prefix, node
 
 
 def load_config(file: str | Path | None, overrides: list[str] | None = None) -> ExperimentConfig:

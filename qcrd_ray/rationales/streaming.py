@@ -1,0 +1,193 @@
+"""Ray Data streams a worker's questions, tokenized, in the order that `DataOrder` fixes.
+
+The rows of a step are known from the seed and the step, so the stream runs over steps: a Ray Data pipeline of step
+numbers, whose map stage reads the rows of each step from the memory-mapped table and tokenizes them. It starts at any
+step, has no end of epoch to wait for, and gives the same batches to any number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+
+from qcrd_ray.config import ExperimentConfig, config_to_yaml
+from qcrd_ray.tasks.prompts import EXPLAIN, PREDICT, SEPARATOR
+from qcrd_ray.rationales.order import DataOrder
+from qcrd_ray.rationales.tables import open_rationale_table
+
+STEPS_PER_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """One question of a step, ready to train on. Token ids of targets end with the end token unless they were cut."""
+
+    row: int
+    id: str
+    question: str
+    predict: list[int]
+    explain: list[int]
+    label: list[int]
+    positives: list[list[int]]
+    positive_texts: list[str]
+    minority: list[list[int]]
+    minority_texts: list[str]
+    first: list[int]
+    first_text: str
+    cut_prompts: int
+    cut_targets: int
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """A rank's share of the global batch of one step."""
+
+    step: int
+    epoch: int
+    global_size: int
+    rows: list[TrainingRow]
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """What the pipeline's tasks need; small, sent to each of them.
+
+    Attributes:
+        table: path of `train.arrow`.
+        model: where the student's tokenizer is loaded from.
+    """
+
+    table: str
+    model: str
+    config: ExperimentConfig
+    rank: int
+    world: int
+
+
+def stream_batches(spec: StreamSpec, start_step: int, max_steps: int) -> Iterator[StepBatch]:
+    """Batches of the steps start_step..max_steps-1 for one worker, tokenized ahead of the training step."""
+    import ray.data
+
+    steps = max_steps - start_step
+    if steps <= 0:
+        return
+    blocks = -(-steps // STEPS_PER_BLOCK)
+    dataset = ray.data.range(steps, override_num_blocks=blocks).map_batches(
+        read_steps, batch_size=None, batch_format="pyarrow", fn_args=(spec, start_step), num_cpus=0.25
+    )
+    dataset.context.execution_options.preserve_order = True
+    dataset.context.enable_progress_bars = False
+    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+        for step in block.to_pylist():
+            rows = [TrainingRow(**row) for row in step.pop("rows")]
+            yield StepBatch(rows=rows, **step)
+
+
+def read_steps(block: pa.Table, spec: StreamSpec, start_step: int) -> pa.Table:
+    """The steps `start_step + id` of a block of ids: a row a step, with the rank's questions as a list of structs."""
+    table, order = _open(spec.table, spec.config.train.batch_size, spec.config.train.seed)
+    steps = []
+    for number in block.column("id").to_pylist():
+        step = start_step + number
+        share = order.share(step, spec.rank, spec.world)
+        records = table.take(pa.array(share)).to_pylist()
+        rows = [asdict(_tokenize(int(row), record, spec)) for row, record in zip(share, records, strict=True)]
+        steps.append({"step": step, "epoch": order.epoch_of(step), "global_size": len(order.batch(step)), "rows": rows})
+    return pa.Table.from_pylist(steps, schema=_SCHEMA)
+
+
+@lru_cache(maxsize=4)
+def _open(path: str, batch_size: int, seed: int) -> tuple[pa.Table, DataOrder]:
+    table = open_rationale_table(path)
+    return table, DataOrder(table.num_rows, batch_size, seed)
+
+
+def training_order(path: str, config: ExperimentConfig) -> DataOrder:
+    """The order of the table at `path` under the config's seed and batch size."""
+    return _open(path, config.train.batch_size, config.train.seed)[1]
+
+
+@lru_cache(maxsize=2)
+def _tools(model: str, config_yaml: str) -> tuple[Any, Any]:
+    import yaml
+
+    from qcrd_ray.config import config_from_dict
+    from qcrd_ray.tasks import get_task
+    from qcrd_ray.tasks.prompts import load_tokenizer
+
+    config = config_from_dict(yaml.safe_load(config_yaml))
+    return load_tokenizer(model, config.student), get_task(config)
+
+
+def student_tools(model: str, config: ExperimentConfig) -> tuple[Any, Any]:
+    """(StudentTokenizer, Task) of a config, made once a process."""
+    return _tools(model, config_to_yaml(config))
+
+
+def _tokenize(row: int, record: dict[str, Any], spec: StreamSpec) -> TrainingRow:
+    tokenizer, task = student_tools(spec.model, spec.config)
+    limits = spec.config.student
+    text = task.student_input(record["question"], record["choices"])
+    predict, predict_cut = tokenizer.prompt(PREDICT, text)
+    explain, explain_cut = tokenizer.prompt(EXPLAIN, text)
+    if spec.config.method == "single_task":
+        joined = f"{record['sample0']}{SEPARATOR}{record['sample0_label'] or record['label']}"
+        label = tokenizer.target(joined, limits.max_rationale_tokens + limits.max_label_tokens)
+    else:
+        label = tokenizer.target(record["label"], limits.max_label_tokens)
+    positives = [tokenizer.target(text, limits.max_rationale_tokens) for text in record["positives"]]
+    minority = [tokenizer.target(text, limits.max_rationale_tokens) for text in record["negatives"]]
+    first = tokenizer.target(record["sample0"], limits.max_rationale_tokens)
+    return TrainingRow(
+        row=row,
+        id=record["id"],
+        question=text,
+        predict=predict,
+        explain=explain,
+        label=label.ids,
+        positives=[target.ids for target in positives],
+        positive_texts=record["positives"],
+        minority=[target.ids for target in minority],
+        minority_texts=record["negatives"],
+        first=first.ids,
+        first_text=record["sample0"],
+        cut_prompts=int(predict_cut) + int(explain_cut),
+        cut_targets=sum(target.cut for target in [label, first, *positives, *minority]),
+    )
+
+
+_IDS = pa.list_(pa.int32())
+_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("epoch", pa.int64()),
+        ("global_size", pa.int64()),
+        (
+            "rows",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("row", pa.int64()),
+                        ("id", pa.string()),
+                        ("question", pa.string()),
+                        ("predict", _IDS),
+                        ("explain", _IDS),
+                        ("label", _IDS),
+                        ("positives", pa.list_(_IDS)),
+                        ("positive_texts", pa.list_(pa.string())),
+                        ("minority", pa.list_(_IDS)),
+                        ("minority_texts", pa.list_(pa.string())),
+                        ("first", _IDS),
+                        ("first_text", pa.string()),
+                        ("cut_prompts", pa.int32()),
+                        ("cut_targets", pa.int32()),
+                    ]
+                )
+            ),
+        ),
+    ]
+)

@@ -1,0 +1,160 @@
+"""Progress of a run on standard error: stages, and a line every few steps, read from the run's own metrics."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qcrd_ray.config import ExperimentConfig
+from qcrd_ray.rationales.counts import Counts, describe_drops
+from qcrd_ray.run_folder import RunFolder
+
+POLL_SECONDS = 0.5
+
+
+class Progress:
+    """Prints stages as they begin and, once `follow` was called, the steps as they are done."""
+
+    def __init__(self, run: RunFolder, config: ExperimentConfig) -> None:
+        self.run = run
+        self.config = config
+        self.console = Console(stderr=True, highlight=False)
+        self.begin = time.monotonic()
+        self.stop = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        self.console.print(f"[bold]{escape(str(self.run.root))}[/bold]")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        if self.thread:
+            self.thread.join(timeout=5)
+
+    def _print(self, text: str) -> None:
+        self.console.print(f"{_clock(time.monotonic() - self.begin):>7}  {escape(text)}", soft_wrap=True)
+
+    def stage(self, name: str, resumed_from: int = 0) -> None:
+        what = {
+            "tables": "questions and rationale sets",
+            "samplers": f"starting {self.config.sampler.actors} sampler(s)",
+            "training": f"training {self.config.student.model} by {self.config.method}",
+            "evaluation": "evaluating",
+        }.get(name, name)
+        self._print(what + (f", resumed from step {resumed_from}" if resumed_from else ""))
+
+    def counts(self, counts: Counts) -> None:
+        train = counts.train
+        teacher = f"{counts.teacher}" + (" - simulated" if counts.simulated and "simulated" not in counts.teacher else "")
+        self._print(
+            f"{train.used} of {train.questions} questions, teacher {teacher}: {train.samples} samples, "
+            f"{_percent(train.single_sample_accuracy)} right, vote {_percent(train.vote_accuracy)} right"
+        )
+        if train.dropped:
+            self._print(f"not used: {describe_drops(train.dropped)}")
+
+    def follow(self) -> None:
+        """Begin to print steps from `metrics.jsonl` in a thread."""
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+        self.thread.start()
+
+    def _follow(self) -> None:
+        position = self.run.metrics.stat().st_size if self.run.metrics.exists() else 0
+        window: list[dict[str, Any]] = []
+        while True:
+            ended = self.stop.is_set()
+            if self.run.metrics.exists():
+                size = self.run.metrics.stat().st_size
+                position = 0 if size < position else position
+                with self.run.metrics.open("rb") as file:
+                    file.seek(position)
+                    for raw in file:
+                        if not raw.endswith(b"\n"):
+                            break
+                        position += len(raw)
+                        self._show(json.loads(raw), window)
+            if ended:
+                return
+            self.stop.wait(POLL_SECONDS)
+
+    def _show(self, record: dict[str, Any], window: list[dict[str, Any]]) -> None:
+        if "judge_pretrained_steps" in record:
+            self._print(
+                f"judge pretrained for {record['judge_pretrained_steps']} steps: mean score "
+                f"{record['judge_pretrain_positive_score']:.2f} of positives, "
+                f"{record['judge_pretrain_negative_score']:.2f} of negatives"
+            )
+        if "step" not in record:
+            return
+        window.append(record)
+        done, steps = record["step"] + 1, self.config.train.max_steps
+        if done % self.config.train.log_interval and done != steps and done != 1:
+            return
+        seconds = sum(r["seconds"] for r in window)
+        rate = sum(r["tokens"] for r in window) / max(seconds, 1e-9)
+        left = seconds / len(window) * (steps - done)
+        parts = [
+            f"step {done}/{steps}",
+            f"iteration {record['iteration']}",
+            f"loss {_mean(window, 'loss'):.3f} (label {_mean(window, 'loss_label'):.3f}, "
+            f"positive {_mean(window, 'loss_positive'):.3f}, negative {_mean(window, 'loss_negative'):.3f})",
+        ]
+        if self.config.is_contrastive:
+            active = [r["active_fraction"] for r in window if r["active_fraction"] is not None]
+            parts.append(f"active {sum(active) / len(active):.2f}" if active else "no negatives")
+        if record.get("score_positive") is not None:
+            negative = record.get("score_negative")
+            parts.append(f"scores {record['score_positive']:.2f}/{'-' if negative is None else f'{negative:.2f}'}")
+        parts += [f"{rate:.0f} tokens/s", f"{_clock(left)} left"]
+        self._print(" · ".join(parts))
+        window.clear()
+
+
+def show_result(result: dict[str, Any]) -> None:
+    """The table before / after, and the example questions, on standard error."""
+    console = Console(stderr=True, highlight=False)
+    accuracy, negatives = result["accuracy"], result["negatives"]
+    table = Table(title=f"{result['name']}: accuracy on {accuracy['n']} questions of {accuracy['split']}")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("accuracy", f"{accuracy['before']:.3f}", f"{accuracy['after']:.3f}")
+    console.print(table)
+    console.print(
+        f"student: {accuracy['student']}, step {accuracy['step']} · negatives: {negatives['used']} used, lag up to "
+        f"{negatives['lag_max']}, {negatives['active_fraction']:.2f} active, {negatives['stall_fraction']:.1%} stall"
+    )
+    for example in result["examples"]:
+        console.rule(style="dim")
+        console.print(f"[bold]{escape(_short(example['question']))}[/bold]  (gold: {escape(example['gold'])})")
+        for when, rationale, label in (
+            ("before", example["rationale_before"], example["label_before"]),
+            ("after ", example["rationale"], example["label"]),
+        ):
+            console.print(f"  {when}: {escape(_short(rationale))} → {escape(_short(label, 40))}")
+
+
+def _mean(records: list[dict[str, Any]], key: str) -> float:
+    values = [r[key] for r in records if r.get(key) is not None]
+    return sum(values) / len(values) if values else float("nan")
+
+
+def _short(text: str, length: int = 240) -> str:
+    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return flat if len(flat) <= length else flat[: length - 1] + "…"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,1 @@
+"""Training: the driver, what one worker does, snapshots, checkpoints."""

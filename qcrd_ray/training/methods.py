@@ -1,0 +1,326 @@
+"""What a step takes its losses from: which targets of which questions, with which weight.
+
+A method turns a batch into cross-entropies in two kinds of passes. The choice pass looks, without gradients and in
+evaluation mode, at every candidate rationale; the gradient passes hold only what the loss is made of: the label, the
+chosen positive and the chosen negative of each question. All ranks make the same number of passes; where one has less
+to do it runs a pass of weight 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qcrd_ray.config import ExperimentConfig
+from qcrd_ray.models.student import Item, Student, cut_into_passes
+from qcrd_ray.objectives.contrastive import CHOOSING_SCHEMES, Choice, choose, contrastive_loss
+from qcrd_ray.rationales.streaming import StepBatch, TrainingRow
+from qcrd_ray.sampling.lagged_student import Negative
+from qcrd_ray.seeding import stable_uniform
+from qcrd_ray.training.engine import TrainEngine
+from qcrd_ray.training.judge import OnlineJudge
+
+LABEL = "label"
+
+
+@dataclass
+class Candidates:
+    """The rationales of one question that a step may use. An empty negative keeps its place, masked."""
+
+    row: TrainingRow
+    positives: list[list[int]]
+    positive_texts: list[str]
+    negatives: list[list[int]]
+    negative_texts: list[str]
+
+
+@dataclass
+class StepLosses:
+    """Sums over this rank's share; divided by the global batch they add up to the step's means."""
+
+    total: float = 0.0
+    label: float = 0.0
+    positive: float = 0.0
+    negative: float = 0.0
+    active: int = 0
+    with_negative: int = 0
+    negatives_used: int = 0
+    negatives_empty: int = 0
+    positive_score: float = 0.0
+    negative_score: float = 0.0
+    scored_positive: int = 0
+    scored_negative: int = 0
+    tokens: int = 0
+    passes: int = 0
+
+    def vector(self) -> list[float]:
+        return [float(getattr(self, name)) for name in self.__dataclass_fields__]
+
+
+@dataclass
+class Plan:
+    """Masks, scores and choice of a batch: everything about the contrastive loss except the cross-entropies."""
+
+    positive_mask: Tensor
+    negative_mask: Tensor
+    choice: Choice
+    positive_score: Tensor | None = None
+    negative_score: Tensor | None = None
+    items: list[Item] = field(default_factory=list)
+
+
+def candidates(config: ExperimentConfig, rows: Sequence[TrainingRow], sampled: list[list[Negative]]) -> list[Candidates]:
+    """The rationales that the method lets a question use."""
+    found = []
+    for row, negatives in zip(rows, sampled, strict=True):
+        if not config.uses_rationales or config.method == "single_task":
+            found.append(Candidates(row, [], [], [], []))
+        elif config.is_contrastive:
+            ids = [negative.ids for negative in negatives]
+            texts = [negative.text for negative in negatives]
+            if config.negatives.source.endswith("self_consistency"):
+                ids, texts = ids + row.minority, texts + row.minority_texts
+            found.append(Candidates(row, row.positives, row.positive_texts, ids, texts))
+        else:
+            found.append(Candidates(row, [row.first], [row.first_text], [], []))
+    return found
+
+
+def train_on_batch(
+    engine: TrainEngine,
+    config: ExperimentConfig,
+    batch: StepBatch,
+    batch_candidates: list[Candidates],
+    judge: OnlineJudge | None,
+) -> StepLosses:
+    """Add the gradients of equation (8)'s first two terms to the engine's step, and say what they were made of."""
+    student: Student = engine.module  # type: ignore[assignment]
+    losses = StepLosses()
+    plan = _plan(engine, config, batch, batch_candidates, losses)
+    _score(config, plan, batch_candidates, judge, losses)
+    plan.items = _gradient_items(config, plan, batch_candidates)
+
+    passes = cut_into_passes(student, plan.items, config.train.tokens_per_pass, split=False)
+    total = _most(len(passes))
+    world = dist.get_world_size()
+    for number in range(total):
+        last = number == total - 1
+        if number >= len(passes):
+            engine.backward(engine.forward([_dummy(student)]).sum() * 0.0, last=last)
+            continue
+        ce = engine.forward(passes[number])
+        loss = _loss_of_pass(config, plan, passes[number], ce, batch.global_size, losses)
+        engine.backward(loss * world, last=last)
+        losses.tokens += sum(item.size for item in passes[number])
+        losses.passes += 1
+    return losses
+
+
+def _plan(
+    engine: TrainEngine,
+    config: ExperimentConfig,
+    batch: StepBatch,
+    found: list[Candidates],
+    losses: StepLosses,
+) -> Plan:
+    """Masks, and the choice of columns: by a pass without gradients where the scheme goes by cross-entropy."""
+    device = engine.module.device  # type: ignore[union-attr]
+    positive_mask = _mask([[bool(ids) for ids in c.positives] for c in found]).to(device)
+    negative_mask = _mask([[bool(ids) for ids in c.negatives] for c in found]).to(device)
+    losses.negatives_used = int(negative_mask.sum())
+    losses.negatives_empty = sum(not ids for c in found for ids in c.negatives)
+    if not config.is_contrastive or config.scheme not in CHOOSING_SCHEMES:
+        first = positive_mask.any(1).long() - 1 if positive_mask.shape[1] else _none(len(found), device)
+        return Plan(positive_mask, negative_mask, Choice(first, _none(len(found), device)))
+
+    uniforms = torch.tensor(
+        [[stable_uniform(config.train.seed, "choice", batch.step, c.row.id, s) for s in ("+", "-")] for c in found],
+        dtype=torch.float64,
+        device=device,
+    ).reshape(len(found), 2)
+    positive_ce, negative_ce = _choice_pass(engine, config, found, positive_mask, negative_mask)
+    choice = choose(positive_ce, negative_ce, positive_mask, negative_mask, scheme=config.scheme, uniforms=uniforms)
+    losses.with_negative = int((choice.negative >= 0).sum())
+    if not engine.module.has_dropout and choice.negative.numel() and negative_ce.shape[1]:
+        # Without dropout the choice pass gave the value that the loss would have: a negative at rest has no gradient.
+        picked = negative_ce.gather(1, choice.negative.clamp_min(0).unsqueeze(1)).squeeze(1)
+        at_rest = picked >= config.loss.margin
+        choice = Choice(choice.positive, torch.where(at_rest, -1, choice.negative))
+    return Plan(positive_mask, negative_mask, choice)
+
+
+def _choice_pass(
+    engine: TrainEngine,
+    config: ExperimentConfig,
+    found: list[Candidates],
+    positive_mask: Tensor,
+    negative_mask: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropies [B, m] and [B, k] of the candidates between which there is a choice; 0 elsewhere.
+
+    A single positive needs none. A negative is looked at where there are several, and, without dropout, also to learn
+    whether it is at rest.
+    """
+    student: Student = engine.module  # type: ignore[assignment]
+    by_value = config.scheme != "sampling"
+    see_negative = not student.has_dropout
+    positive_ce = torch.zeros(positive_mask.shape, device=positive_mask.device)
+    negative_ce = torch.zeros(negative_mask.shape, device=negative_mask.device)
+    items = []
+    for index, c in enumerate(found):
+        positive_keys = [("+", index, j) for j, ids in enumerate(c.positives) if ids]
+        negative_keys = [("-", index, j) for j, ids in enumerate(c.negatives) if ids]
+        keys = positive_keys if by_value and len(positive_keys) > 1 else []
+        if see_negative or (by_value and len(negative_keys) > 1):
+            keys = keys + negative_keys
+        if keys:
+            targets = [(c.positives if side == "+" else c.negatives)[j] for side, _, j in keys]
+            items.append(Item(c.row.explain, targets, keys))
+    passes = cut_into_passes(student, items, config.train.tokens_per_pass, split=True)
+    total = _most(len(passes))
+    engine.train(False)
+    with torch.no_grad():
+        for number in range(total):
+            if number >= len(passes):
+                engine.forward([_dummy(student)])
+                continue
+            values = engine.forward(passes[number])
+            keys = [key for item in passes[number] for key in item.key]
+            for value, (side, index, j) in zip(values, keys, strict=True):
+                (positive_ce if side == "+" else negative_ce)[index, j] = value
+    engine.train(True)
+    return positive_ce, negative_ce
+
+
+def _score(
+    config: ExperimentConfig,
+    plan: Plan,
+    found: list[Candidates],
+    judge: OnlineJudge | None,
+    losses: StepLosses,
+) -> None:
+    """The judge's scores of the chosen rationales, or of all where the scheme weighs all."""
+    if judge is None or not config.is_contrastive or config.scheme == "mean":
+        return
+    everything = config.scheme not in CHOOSING_SCHEMES
+    places: list[tuple[str, int, int]] = []
+    for index, c in enumerate(found):
+        if everything:
+            places += [("+", index, j) for j, ids in enumerate(c.positives) if ids]
+            places += [("-", index, j) for j, ids in enumerate(c.negatives) if ids]
+        else:
+            positive, negative = int(plan.choice.positive[index]), int(plan.choice.negative[index])
+            places += [("+", index, positive)] * (positive >= 0) + [("-", index, negative)] * (negative >= 0)
+    questions = [found[index].row.question for _, index, _ in places]
+    texts = [(found[i].positive_texts if side == "+" else found[i].negative_texts)[j] for side, i, j in places]
+    scores = judge.score(questions, texts)
+    plan.positive_score = torch.zeros(plan.positive_mask.shape, device=plan.positive_mask.device)
+    plan.negative_score = torch.zeros(plan.negative_mask.shape, device=plan.negative_mask.device)
+    for score, (side, index, j) in zip(scores.tolist(), places, strict=True):
+        if side == "+":
+            plan.positive_score[index, j] = score
+            losses.positive_score += score
+            losses.scored_positive += 1
+        else:
+            plan.negative_score[index, j] = score
+            losses.negative_score += score
+            losses.scored_negative += 1
+
+
+def _gradient_items(config: ExperimentConfig, plan: Plan, found: list[Candidates]) -> list[Item]:
+    """What the loss of each question is made of: its label, and its chosen rationales (all of them for the means)."""
+    everything = config.is_contrastive and config.scheme not in CHOOSING_SCHEMES
+    items = []
+    for index, c in enumerate(found):
+        items.append(Item(c.row.predict, [c.row.label], [(LABEL, index, 0)]))
+        if everything:
+            keys = [("+", index, j) for j, ids in enumerate(c.positives) if ids]
+            keys += [("-", index, j) for j, ids in enumerate(c.negatives) if ids]
+        else:
+            positive, negative = int(plan.choice.positive[index]), int(plan.choice.negative[index])
+            keys = [("+", index, positive)] * (positive >= 0) + [("-", index, negative)] * (negative >= 0)
+        if keys:
+            targets = [(c.positives if side == "+" else c.negatives)[j] for side, _, j in keys]
+            items.append(Item(c.row.explain, targets, keys))
+    return items
+
+
+def _loss_of_pass(
+    config: ExperimentConfig, plan: Plan, items: list[Item], ce: Tensor, questions: int, losses: StepLosses
+) -> Tensor:
+    """α₁ L_pred + α₂ L_cl over the targets of one pass, each divided by the global batch."""
+    keys = [key for item in items for key in item.key]
+    labels = [i for i, key in enumerate(keys) if key[0] == LABEL]
+    label_loss = ce[labels].sum() / questions if labels else ce.sum() * 0.0
+    losses.label += float(label_loss) * questions
+    # The whole batch's masks cut down to what this pass holds; everything else is masked and adds 0.
+    shape = plan.positive_mask.shape, plan.negative_mask.shape
+    device = ce.device
+    grids = []
+    for side, (batch, width) in zip("+-", shape, strict=True):
+        here = [(i, key[1], key[2]) for i, key in enumerate(keys) if key[0] == side]
+        grid, mask = ce.new_zeros(batch, width), torch.zeros(batch, width, dtype=torch.bool, device=device)
+        if here:
+            at, rows, columns = (torch.tensor(values, device=device) for values in zip(*here, strict=True))
+            grid = grid.index_put((rows, columns), ce[at])
+            mask[rows, columns] = True
+        grids.append((grid, mask))
+    (positive_ce, positive_mask), (negative_ce, negative_mask) = grids
+    alphas = config.loss
+    if not config.is_contrastive:
+        # Distilling step-by-step: the label and the first rationale, each with its own α.
+        rationale = positive_ce.sum() / questions
+        losses.positive += float(rationale) * questions
+        loss = alphas.alpha_label * label_loss + alphas.alpha_contrastive * rationale
+    else:
+        choice = None
+        if config.scheme in CHOOSING_SCHEMES:
+            choice = Choice(
+                torch.where(positive_mask.any(1), plan.choice.positive, -1),
+                torch.where(negative_mask.any(1), plan.choice.negative, -1),
+            )
+        contrastive = contrastive_loss(
+            positive_ce,
+            negative_ce,
+            positive_mask,
+            negative_mask,
+            plan.positive_score,
+            plan.negative_score,
+            beta=alphas.beta,
+            margin=alphas.margin,
+            scheme=config.scheme,
+            questions=questions,
+            choice=choice,
+        )
+        losses.positive += float(contrastive.positive) * questions
+        losses.negative += float(contrastive.negative) * questions
+        losses.active += int(contrastive.active_negatives.sum())
+        loss = alphas.alpha_label * label_loss + alphas.alpha_contrastive * contrastive.loss
+    losses.total += float(loss) * questions
+    return loss
+
+
+def _mask(rows: list[list[bool]]) -> Tensor:
+    width = max((len(row) for row in rows), default=0)
+    padded = [row + [False] * (width - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.bool).reshape(len(rows), width)
+
+
+def _none(count: int, device: torch.device) -> Tensor:
+    return torch.full((count,), -1, dtype=torch.long, device=device)
+
+
+def _dummy(student: Student) -> Item:
+    return Item([student.tokenizer.end], [[student.tokenizer.end]])
+
+
+def _most(count: int) -> int:
+    """The largest of all ranks' counts, at least 1."""
+    most = torch.tensor([max(count, 1)])
+    if dist.get_world_size() > 1:
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)

@@ -1,0 +1,110 @@
+"""Shared-prompt passes against the naive way: every target with a prompt of its own, nothing shared, nothing packed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, T5Config, T5ForConditionalGeneration
+
+from qcrd_ray.models.causal import CausalStudent
+from qcrd_ray.models.seq2seq import Seq2SeqStudent
+from qcrd_ray.models.student import Item, Student, cut_into_passes
+
+VOCABULARY = 97
+TOKENIZER = SimpleNamespace(pad=0, end=1)
+
+
+def make_student(family: str, seed: int = 0) -> Student:
+    torch.manual_seed(seed)
+    if family == "t5":
+        config = T5Config(
+            vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0,
+            pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+        )  # fmt: skip
+        return Seq2SeqStudent(T5ForConditionalGeneration(config), TOKENIZER)
+    shape = dict(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=2, attn_implementation="sdpa",
+    )  # fmt: skip
+    if family == "llama":
+        return CausalStudent(LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)), TOKENIZER)
+    return CausalStudent(Qwen2ForCausalLM(Qwen2Config(**shape)), TOKENIZER)
+
+
+def make_items(seed: int, questions: int = 5, most: int = 4) -> list[Item]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+
+    counts = torch.randint(1, most + 1, (questions,), generator=generator).tolist()
+    return [
+        Item(tokens(1, 12), [tokens(1, 15) for _ in range(count)], [(q, t) for t in range(count)])
+        for q, count in enumerate(counts)
+    ]
+
+
+def naive_ce(student: Student, prompt: list[int], target: list[int]) -> torch.Tensor:
+    """One sequence by itself, by the library's own forward."""
+    if student.is_seq2seq:
+        start = [student.model.config.decoder_start_token_id, *target[:-1]]
+        logits = student.model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([start])).logits[0]
+    else:
+        logits = student.model(input_ids=torch.tensor([[*prompt, *target]])).logits[0, len(prompt) - 1 : -1]
+    return F.cross_entropy(logits, torch.tensor(target))
+
+
+def gradients(student: Student) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", ["t5", "llama", "qwen2"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_shared_prompts_give_the_naive_losses_and_gradients(family: str, seed: int) -> None:
+    student, items = make_student(family, seed), make_items(seed)
+    weights = torch.rand(sum(len(item.targets) for item in items), generator=torch.Generator().manual_seed(seed))
+
+    expected = torch.stack([naive_ce(student, item.prompt, t) for item in items for t in item.targets])
+    (expected * weights).sum().backward()
+    naive = gradients(student)
+    student.zero_grad()
+
+    found = student(items)
+    (found * weights).sum().backward()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    shared = gradients(student)
+    assert naive.keys() == shared.keys()
+    for name in naive:
+        torch.testing.assert_close(shared[name], naive[name], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("budget", [1, 30, 60, 10_000])
+def test_passes_hold_every_target_once_whatever_the_budget(family: str, budget: int) -> None:
+    student, items = make_student(family), make_items(3, questions=7)
+    expected = dict(zip([key for item in items for key in item.key], student(items).tolist(), strict=True))
+    passes = cut_into_passes(student, items, budget, split=True)
+    found = {}
+    for part in passes:
+        if sum(len(item.targets) for item in part) > 1:
+            assert student.padded_tokens(part) <= budget
+        values = student(part).tolist()
+        found.update(zip([key for item in part for key in item.key], values, strict=True))
+    assert found.keys() == expected.keys()
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_rationale_ce_is_a_grid_with_nan_where_a_question_has_fewer(family: str) -> None:
+    student, items = make_student(family), make_items(4)
+    grid = student.rationale_ce([item.prompt for item in items], [item.targets for item in items])
+    assert grid.shape == (len(items), max(len(item.targets) for item in items))
+    for row, item in zip(grid, items, strict=True):
+        assert row.isnan().sum() == grid.shape[1] - len(item.targets)
+    torch.testing.assert_close(grid[~grid.isnan()], student(items))
+    labels = student.label_ce([item.prompt for item in items], [item.targets[0] for item in items])
+    torch.testing.assert_close(labels, grid[:, 0], atol=1e-5, rtol=0)
