@@ -241,7 +241,7 @@ def _voted_blocks(config: ExperimentConfig, split: str, teacher: Teacher | None)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     try:
-        rows = ray.data.read_datasource(_datasource(config, split, teacher is None), override_num_blocks=1)
+        rows = ray.data.read_datasource(_datasource(config, split, teacher is None), num_cpus=0, override_num_blocks=1)
         voted = rows.map_batches(
             _vote_batch,
             batch_format="pyarrow",
@@ -269,7 +269,7 @@ def _datasource(config: ExperimentConfig, split: str, samples: bool) -> Any:
             yield pa.Table.from_batches([batch])
 
     class Questions(Datasource):
-        """One read task, on the driver's node, where the user's files are."""
+        """One read task, on the driver's node, where the user's files are (a head node may have no CPU to give)."""
 
         def estimate_inmemory_data_size(self) -> int | None:
             return None
