@@ -1,7 +1,7 @@
 """Questions and a teacher's samples to rationale sets: read or make the samples, vote, write the tables.
 
-    python jobs/sample_teacher.py task=svamp data.path=DATA/svamp teacher.samples=5 output=tables/svamp
-    python jobs/sample_teacher.py task=chain_sum data.path=generated:chain_sum teacher.engine=scripted output=tables/sums
+    python jobs/sample_teacher.py task=svamp data.path=DATA/svamp teacher.samples=5 output=tables
+    python jobs/sample_teacher.py task=chain_sum data.path=generated:chain_sum teacher.engine=scripted output=tables
 
 The tables are in `output`; the last line of standard output is the result.
 """

@@ -41,5 +41,6 @@ def test_user_error_is_found_in_what_wraps_it() -> None:
             return error
 
     found = find_user_error(wrapped())
-    assert found is not None and str(found) == "inner"
+    assert found is not None
+    assert str(found) == "inner"
     assert find_user_error(RuntimeError("other")) is None

@@ -48,13 +48,13 @@ RATIONALE_SETS = pa.schema(
         pa.field("negatives", pa.list_(pa.string()), nullable=False),
         pa.field("agreement", pa.float32()),
         pa.field("votes_gold", pa.bool_()),
-        pa.field("sample0", pa.string()),
+        pa.field("sample0", pa.string(), nullable=False),
         pa.field("sample0_label", pa.string()),
     ]
 )
 """One row a question. `label`: what the label task learns. `agreement`: votes of the winner over parsed samples.
 `votes_gold`: whether the winner is the gold answer, null without one. `sample0` and `sample0_label`: the rationale of
-sample 0 and its answer in the student's form, null where there is none or where it could not be parsed."""
+sample 0, empty where there is no sample, and its answer in the student's form, null where it could not be parsed."""
 
 HELD_OUT = pa.schema(
     [
@@ -100,8 +100,9 @@ QUESTIONS_WITH_SAMPLES = pa.schema(
     ]
 )
 """What a reader gives: questions, each with its samples in voting order. `too_long` and `empty` count samples that
-were left out, `orphans` (on the last row) those of a flat table that belong to no question. A row with `error` ends the stream: it stands where the reader met something that the user must mend,
-so that a consumer sees it in order and only if it gets there."""
+were left out, `orphans` (on the last row) those of a flat table that belong to no question. A row with `error` ends
+the stream: it stands where the reader met something that the user must mend, so that a consumer sees it in order and
+only if it gets there."""
 
 
 @dataclass(frozen=True)

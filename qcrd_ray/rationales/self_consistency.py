@@ -50,7 +50,7 @@ class RationaleSet:
     negatives: tuple[str, ...]
     agreement: float | None
     votes_gold: bool | None
-    sample0: str | None
+    sample0: str
     sample0_label: str | None
 
 
@@ -240,7 +240,7 @@ def vote_and_tally(
         negatives=negatives,
         agreement=tally.agreement,
         votes_gold=votes_gold,
-        sample0=samples[0].rationale if samples else None,
+        sample0=samples[0].rationale if samples else "",
         sample0_label=sample0_label,
     )
     return row, tally

@@ -443,12 +443,14 @@ class _Columns:
         identity = _text(row[column], place, column, number=True) if column is not None else f"{split}-{index:06d}"
         if not identity:
             raise UserError(f"{place()}: column {column!r} is empty; every question needs an id")
+        choices, option_of = self._choices(row, place)
+        answer = self._answer(row, place)
         return Question(
             id=identity,
             question=self._question_text(row, place),
-            answer=self._answer(row, place),
+            answer=option_of.get(answer, answer) if answer is not None else None,
             target=self._optional(row, place, "target"),
-            choices=self._choices(row, place),
+            choices=choices,
         )
 
     def _question_text(self, row: Row, place: Place) -> str:
@@ -480,16 +482,19 @@ class _Columns:
         column = self._column(row, name)
         return None if column is None else _text(row[column], place, column, number=True)
 
-    def _choices(self, row: Row, place: Place) -> tuple[str, ...] | None:
+    def _choices(self, row: Row, place: Place) -> tuple[tuple[str, ...] | None, dict[str, str]]:
+        """The options, and where they come with letters of their own (`{label: [A, …], text: […]}`) the one of each."""
         column = self._column(row, "choices")
         value = row[column] if column is not None else None
+        labels: Any = []
         if isinstance(value, Mapping) and "text" in value:
-            value = value["text"]
+            labels, value = value.get("label", []), value["text"]
         if value is None:
-            return None
+            return None, {}
         if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
             raise UserError(f"{place()}: column {column!r}: expected a list of strings, found {_kind(value)}")
-        return tuple(_text(choice, place, str(column)) or "" for choice in value)
+        choices = tuple(_text(choice, place, str(column)) for choice in value)
+        return choices, dict(zip(map(str, labels), choices, strict=False)) if isinstance(labels, list) else {}
 
     def samples(self, row: Row, place: Place) -> list[tuple[Place, Row]]:
         column = self._column(row, "teacher_samples")
@@ -504,7 +509,8 @@ class _Columns:
         column = self._column(row, "sample_id")
         if column is None:
             raise self._missing(row, "sample_id", place)
-        return _text(row[column], place, column, number=True) or ""
+        identity = _text(row[column], place, column, number=True)
+        return str(identity or "")
 
     def teacher(self, row: Row, place: Place) -> str:
         column = self._column(row, "sample_teacher")

@@ -219,6 +219,11 @@ def open_rationale_table(path: str | Path) -> pa.Table:
         raise UserError(f"table {path}: no Arrow file: {error}") from None
 
 
+def rows_at(table: pa.Table, rows: Iterable[int]) -> list[dict[str, Any]]:
+    """Rows of a memory-mapped table by index. `Table.take` would read whole columns for the same."""
+    return [row for index in rows for row in table.slice(int(index), 1).to_pylist()]
+
+
 # The pipeline.
 
 

@@ -75,7 +75,8 @@ def test_bad_input_is_one_line_and_code_2(
     done = job("task=svamp", f"data.path={lines(tmp_path, *rows)}", f"output={output}", *arguments)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2, done.stderr
-    assert len(errors) == 1 and expected in errors[0]
+    assert len(errors) == 1
+    assert expected in errors[0]
     assert done.stderr.splitlines()[-1] == errors[0]
     assert "Traceback" not in done.stderr
     assert done.stdout == ""

@@ -126,7 +126,8 @@ def test_positives_by_gold() -> None:
 
 def test_labels_of_the_teacher() -> None:
     by_vote, by_sample = build(labels="teacher_vote"), build(labels="teacher_sample")
-    assert isinstance(by_vote, RationaleSet) and isinstance(by_sample, RationaleSet)
+    assert isinstance(by_vote, RationaleSet)
+    assert isinstance(by_sample, RationaleSet)
     assert by_vote.label == "41"
     assert by_sample.label == "41"
 

@@ -104,7 +104,8 @@ def test_column_map(tmp_path: Path) -> None:
     assert (read.question.id, read.question.question, read.question.answer) == ("7", "How many?", "4")
     assert (read.samples[0].teacher, read.samples[0].rationale, read.samples[0].answer) == ("x", "two and two", "4")
     message = error(config(tmp_path, columns={"qestion": "prompt"}))
-    assert "data.columns.qestion" in message and "question" in message
+    assert "data.columns.qestion" in message
+    assert "question" in message
 
 
 def test_a_sample_without_answer_column_is_parsed(tmp_path: Path) -> None:
@@ -113,7 +114,8 @@ def test_a_sample_without_answer_column_is_parsed(tmp_path: Path) -> None:
     (read,) = rows(config(tmp_path))
     chosen = config(tmp_path)
     (one,) = read.samples
-    assert one.answer is not None and get_task(chosen).same_answer(one.answer, "4", None)
+    assert one.answer is not None
+    assert get_task(chosen).same_answer(one.answer, "4", None)
     assert "And 3" not in one.rationale
 
 
@@ -130,7 +132,15 @@ def test_teachers_are_chosen_and_unknown_ones_named(tmp_path: Path) -> None:
     (read,) = rows(config(tmp_path, teachers=["t2"]))
     assert [s.teacher for s in read.samples] == ["t2"]
     message = error(config(tmp_path, teachers=["t3"]))
-    assert "'t3'" in message and "t1, t2" in message
+    assert "'t3'" in message
+    assert "t1, t2" in message
+
+
+def test_an_option_s_letter_becomes_its_text(tmp_path: Path) -> None:
+    choices = {"label": ["A", "B"], "text": ["bank", "shore"]}
+    write_lines(tmp_path / "train.jsonl", [{"id": "a", "question": "Where?", "choices": choices, "answer": "B"}])
+    (read,) = rows(config(tmp_path, task="cqa"))
+    assert (read.question.choices, read.question.answer) == (("bank", "shore"), "shore")
 
 
 def test_nli_columns_and_label_numbers(tmp_path: Path) -> None:

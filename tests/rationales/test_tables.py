@@ -77,6 +77,7 @@ def test_order_is_the_source_s_over_many_blocks(ray_session: Any, tmp_path: Path
     table = tables.open_rationale_table(tmp_path / "out" / "train.arrow")
     assert table["id"].to_pylist() == [name for name, given in answers.items() if given][:1100]
     assert table["id"].num_chunks == 2
+    assert [row["id"] for row in tables.rows_at(table, [1099, 0])] == [table["id"][1099].as_py(), "q1"]
     assert counts.train.used == 1100
     assert counts.train.questions == 1650
 
@@ -135,7 +136,8 @@ def scripted(**keys: Any) -> ExperimentConfig:
 
 def test_scripted_teacher_slips_as_often_as_the_paper_s(ray_session: Any, tmp_path: Path) -> None:
     counts = prepare_tables(scripted(), tmp_path / "out")
-    assert counts.simulated and counts.teacher == NAME
+    assert counts.simulated
+    assert counts.teacher == NAME
     assert counts.train.by_gold.average_right == pytest.approx(3.9, abs=0.12)
     assert counts.held_out["test"].used == 200
     teachers = pq.read_table(tmp_path / "out" / "teacher_samples")["teacher"].unique().to_pylist()
