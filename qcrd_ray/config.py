@@ -175,6 +175,7 @@ class SamplerConfig(Section):
 
 
 class EvaluationConfig(Section):
+    split: Literal["train", "valid", "test"] = Field("valid", description="Split that jobs/evaluate.py scores.")
     max_new_tokens: Positive = Field(64, description="Greedy tokens of a predicted label.")
     examples: NonNegative = Field(3, description="Held-out questions whose rationales are shown before and after.")
 
@@ -264,6 +265,7 @@ class ExperimentConfig(Section):
 
 _INFRASTRUCTURE = (
     "output",
+    "evaluation.split",
     "run.",
     "sampler.",
     "train.workers",

@@ -1,15 +1,15 @@
 """Ray Data streams a worker's questions, tokenized, in the order that `DataOrder` fixes.
 
-The rows of a step are known from the seed and the step, so the stream runs over steps: a Ray Data pipeline of step
-numbers, whose map stage reads the rows of each step from the memory-mapped table and tokenizes them. It starts at any
+The rows of a step are known from the seed and the step, so the stream runs over steps: a Ray Data source whose tasks
+read the rows of some steps from the memory-mapped table and tokenize them. It starts at any
 step, has no end of epoch to wait for, and gives the same batches to any number of workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +20,8 @@ from qcrd_ray.rationales.order import DataOrder
 from qcrd_ray.rationales.tables import open_rationale_table
 
 STEPS_PER_BLOCK = 16
+DATA_CPUS = 0.25
+"""Logical CPUs of a task that reads and tokenizes, beside what workers and samplers hold."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,12 @@ def stream_batches(spec: StreamSpec, start_step: int, max_steps: int) -> Iterato
     """Batches of the steps start_step..max_steps-1 for one worker, tokenized ahead of the training step."""
     import ray.data
 
-    steps = max_steps - start_step
-    if steps <= 0:
+    if start_step >= max_steps:
         return
-    blocks = -(-steps // STEPS_PER_BLOCK)
-    dataset = ray.data.range(steps, override_num_blocks=blocks).map_batches(
-        read_steps, batch_size=None, batch_format="pyarrow", fn_args=(spec, start_step), num_cpus=0.25
+    dataset = ray.data.read_datasource(
+        _steps_source(spec, start_step, max_steps),
+        override_num_blocks=-(-(max_steps - start_step) // STEPS_PER_BLOCK),
+        ray_remote_args={"num_cpus": DATA_CPUS},
     )
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False
@@ -87,12 +89,35 @@ def stream_batches(spec: StreamSpec, start_step: int, max_steps: int) -> Iterato
             yield StepBatch(rows=rows, **step)
 
 
-def read_steps(block: pa.Table, spec: StreamSpec, start_step: int) -> pa.Table:
-    """The steps `start_step + id` of a block of ids: a row a step, with the rank's questions as a list of structs."""
+def _steps_source(spec: StreamSpec, start_step: int, max_steps: int) -> Any:
+    """A Ray Data source whose every read task gives the tokenized batches of some steps."""
+    from ray.data.block import BlockMetadata
+    from ray.data.datasource import Datasource, ReadTask
+
+    class Steps(Datasource):
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+            tasks = []
+            for first in range(start_step, max_steps, STEPS_PER_BLOCK):
+                steps = range(first, min(first + STEPS_PER_BLOCK, max_steps))
+                metadata = BlockMetadata(num_rows=len(steps), size_bytes=None, exec_stats=None, input_files=None)
+                tasks.append(ReadTask(partial(_read, steps, spec), metadata, schema=_SCHEMA))
+            return tasks
+
+    return Steps()
+
+
+def _read(steps: range, spec: StreamSpec) -> list[pa.Table]:
+    return [read_steps(steps, spec)]
+
+
+def read_steps(numbers: Iterable[int], spec: StreamSpec) -> pa.Table:
+    """A row a step, with the rank's questions as a list of structs."""
     table, order = _open(spec.table, spec.config.train.batch_size, spec.config.train.seed)
     steps = []
-    for number in block.column("id").to_pylist():
-        step = start_step + number
+    for step in numbers:
         share = order.share(step, spec.rank, spec.world)
         records = table.take(pa.array(share)).to_pylist()
         rows = [asdict(_tokenize(int(row), record, spec)) for row, record in zip(share, records, strict=True)]

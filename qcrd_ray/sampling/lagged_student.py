@@ -26,11 +26,12 @@ import pyarrow.parquet as pq
 import ray
 
 from qcrd_ray.config import ExperimentConfig
-from qcrd_ray.tasks.prompts import EXPLAIN, PREDICT
+from qcrd_ray.tasks.prompts import EXPLAIN
 from qcrd_ray.rationales.schema import NEGATIVES
 from qcrd_ray.rationales.tables import open_rationale_table
 from qcrd_ray.rationales.streaming import student_tools, training_order
 from qcrd_ray.sampling.engine import EngineSpec, Request, SamplingParameters, start_engine
+from qcrd_ray.sampling.predictions import Prediction, explain, predict
 from qcrd_ray.sampling.schedule import FIXED, Chunk, Schedule
 from qcrd_ray.seeding import stable_hash
 from qcrd_ray.run_folder import RunFolder, write_text_atomic
@@ -39,16 +40,6 @@ logger = logging.getLogger(__name__)
 
 EVALUATED_TOGETHER = 128
 ATTEMPTS = 5
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a snapshot wrote for one held-out question."""
-
-    row: int
-    id: str
-    text: str
-    correct: bool
 
 
 class Sampler:
@@ -127,49 +118,16 @@ class Sampler:
     def predict(self, split: str, first: int, last: int, folder: str) -> list[Prediction]:
         """Greedy labels of rows first..last-1 of a held-out split, scored by the task."""
         self._load(folder)
-        _, task = student_tools(self.model, self.config)
-        records = open_rationale_table(self.run.table(split)).slice(first, last - first).to_pylist()
-        texts = self._greedy(records, PREDICT)
-        predictions = []
-        for number, (record, text) in enumerate(zip(records, texts, strict=True)):
-            answer = text.split("The answer is:")[-1].strip() if self.config.method == "single_task" else text
-            correct = task.is_correct(answer, record["label"], record["answer"], record["choices"])
-            predictions.append(Prediction(first + number, record["id"], text, bool(correct)))
-        return predictions
+        return predict(self.engine, self.config, self.model, self._records(split, first, last))
 
     def explain(self, split: str, count: int, folder: str) -> list[dict[str, str]]:
         """Greedy rationales and labels of a split's first questions."""
         self._load(folder)
-        _, task = student_tools(self.model, self.config)
-        records = open_rationale_table(self.run.table(split)).slice(0, count).to_pylist()
-        rationales, labels = self._greedy(records, EXPLAIN), self._greedy(records, PREDICT)
-        return [
-            {
-                "id": record["id"],
-                "question": task.student_input(record["question"], record["choices"]),
-                "gold": record["label"],
-                "rationale": rationale,
-                "label": label,
-            }
-            for record, rationale, label in zip(records, rationales, labels, strict=True)
-        ]
+        return explain(self.engine, self.config, self.model, self._records(split, 0, count))
 
-    def _greedy(self, records: list[dict[str, Any]], prefix: str) -> list[str]:
-        tokenizer, task = student_tools(self.model, self.config)
-        limits = self.config.student
-        tokens = self.config.evaluation.max_new_tokens
-        if prefix == EXPLAIN:
-            tokens = limits.max_rationale_tokens
-        elif self.config.method == "single_task":
-            tokens += limits.max_rationale_tokens
-        requests = [
-            Request(
-                tuple(tokenizer.prompt(prefix, task.student_input(record["question"], record["choices"]))[0]),
-                SamplingParameters(temperature=0.0, max_tokens=tokens),
-            )
-            for record in records
-        ]
-        return [generation.text.strip() for [generation] in self.engine.generate(requests)]
+    def _records(self, split: str, first: int, last: int) -> list[dict[str, Any]]:
+        records: list[dict[str, Any]] = open_rationale_table(self.run.table(split)).slice(first, last - first).to_pylist()
+        return records
 
     def close(self) -> None:
         self.engine.close()
@@ -498,6 +456,3 @@ class NegativesClient:
 def _first_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__
-
-
-__all__ = ["FIXED", "Negative", "NegativesClient", "Prediction", "Sampler", "SamplingService"]

@@ -108,8 +108,9 @@ class OnlineJudge:
         positive = scores.new_zeros(len(rows), m).masked_scatter(positive_mask, scores[:count])
         negative = scores.new_zeros(len(rows), k).masked_scatter(negative_mask, scores[count:])
         loss = discriminator_loss(positive, negative, positive_mask, negative_mask, questions=questions)
-        sums = [float(scores[:count].sum()), float(count), float(scores[count:].sum()), float(len(pairs) - count)]
-        return loss, [float(loss), *sums]
+        seen = scores.detach()
+        sums = [float(seen[:count].sum()), float(count), float(seen[count:].sum()), float(len(pairs) - count)]
+        return loss, [float(loss.detach()), *sums]
 
     def _scores(self, pairs: Sequence[tuple[str, str]]) -> Tensor:
         encoded = self.discriminator.encode_pairs([question for question, _ in pairs], [text for _, text in pairs])

@@ -256,7 +256,7 @@ def _loss_of_pass(
     keys = [key for item in items for key in item.key]
     labels = [i for i, key in enumerate(keys) if key[0] == LABEL]
     label_loss = ce[labels].sum() / questions if labels else ce.sum() * 0.0
-    losses.label += float(label_loss) * questions
+    losses.label += float(label_loss.detach()) * questions
     # The whole batch's masks cut down to what this pass holds; everything else is masked and adds 0.
     shape = plan.positive_mask.shape, plan.negative_mask.shape
     device = ce.device
@@ -274,7 +274,7 @@ def _loss_of_pass(
     if not config.is_contrastive:
         # Distilling step-by-step: the label and the first rationale, each with its own α.
         rationale = positive_ce.sum() / questions
-        losses.positive += float(rationale) * questions
+        losses.positive += float(rationale.detach()) * questions
         loss = alphas.alpha_label * label_loss + alphas.alpha_contrastive * rationale
     else:
         choice = None
@@ -296,11 +296,11 @@ def _loss_of_pass(
             questions=questions,
             choice=choice,
         )
-        losses.positive += float(contrastive.positive) * questions
-        losses.negative += float(contrastive.negative) * questions
+        losses.positive += float(contrastive.positive.detach()) * questions
+        losses.negative += float(contrastive.negative.detach()) * questions
         losses.active += int(contrastive.active_negatives.sum())
         loss = alphas.alpha_label * label_loss + alphas.alpha_contrastive * contrastive.loss
-    losses.total += float(loss) * questions
+    losses.total += float(loss.detach()) * questions
     return loss
 
 

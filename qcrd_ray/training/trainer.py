@@ -23,22 +23,19 @@ from qcrd_ray.errors import UserError
 from qcrd_ray.models.discriminator import build_discriminator, check_encoder
 from qcrd_ray.models.student import check_student
 from qcrd_ray.rationales.counts import Counts
+from qcrd_ray.rationales.streaming import DATA_CPUS
 from qcrd_ray.rationales.tables import open_rationale_table
 from qcrd_ray.reporting.progress import Progress as ProgressDisplay
 from qcrd_ray.run_folder import RunFolder, atomic_folder, write_text_atomic
-from qcrd_ray.sampling.engine import EngineSpec
 from qcrd_ray.sampling.lagged_student import Sampler, SamplingService
 from qcrd_ray.sampling.schedule import FIXED, Schedule
+from qcrd_ray.sampling.student_engine import engine_spec, is_seq2seq
 from qcrd_ray.sampling.teacher import make_teacher, prepare_tables
 from qcrd_ray.training.checkpoint import read_progress
 from qcrd_ray.training.engine import read_deepspeed_json
 from qcrd_ray.training.loop import WorkerSpec, train_worker
 
 logger = logging.getLogger(__name__)
-
-DATA_CPUS = 0.5
-"""Logical CPUs left to Ray Data beside workers and samplers."""
-
 
 def train(config: ExperimentConfig) -> dict[str, Any]:
     """Run or resume a training run. Returns the object that `result.json` holds.
@@ -134,6 +131,9 @@ def _ray(config: ExperimentConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.run.placement_timeout_s))
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("ray.data", "ray.train", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     if ray.is_initialized():
         yield
         return
@@ -144,7 +144,7 @@ def _ray(config: ExperimentConfig) -> Iterator[None]:
         else:
             needed = sum(_cpus(config)) + DATA_CPUS
             ray.init(
-                address="local", num_cpus=max(os.cpu_count() or 1, int(-(-needed // 1))), include_dashboard=False, **settings
+                address="local", num_cpus=max(os.cpu_count() or 1, int(-(-needed // 1))), include_dashboard=True, **settings
             )
         yield
     finally:
@@ -193,7 +193,7 @@ def _await_resources(config: ExperimentConfig) -> None:
     """Wait until the cluster has what the run asks for (an autoscaler may bring it), or say what is missing."""
     workers, samplers = _cpus(config)
     wanted = {
-        "CPU": workers + samplers + 0.25,
+        "CPU": workers + samplers + DATA_CPUS,
         "GPU": config.train.workers * config.train.gpus_per_worker + config.sampler.actors * config.sampler.gpus,
     }
     end = time.monotonic() + config.run.placement_timeout_s
@@ -212,7 +212,7 @@ def describe_resources(config: ExperimentConfig) -> str:
     total, free = ray.cluster_resources(), ray.available_resources()
     return (
         f"asked for {train.workers} workers of {train.cpus_per_worker:g} CPU and {train.gpus_per_worker:g} GPU, "
-        f"{sampler.actors} samplers of {sampler.cpus:g} CPU and {sampler.gpus:g} GPU, and 0.25 CPU for data; "
+        f"{sampler.actors} samplers of {sampler.cpus:g} CPU and {sampler.gpus:g} GPU, and {DATA_CPUS:g} CPU for data; "
         f"the cluster has {total.get('CPU', 0):g} CPU ({free.get('CPU', 0):g} free) and {total.get('GPU', 0):g} GPU "
         f"({free.get('GPU', 0):g} free)"
     )
@@ -229,7 +229,7 @@ def _fit(config: ExperimentConfig, run: RunFolder, spec: WorkerSpec) -> None:
     trainer = TorchTrainer(
         _train_loop,
         train_loop_config={"spec": spec},
-        scaling_config=ScalingConfig(config.train.workers, use_gpu=gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=config.train.workers, use_gpu=gpu, resources_per_worker=resources),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=config.train.collective_timeout_s),
         # Ray Train resumes silently under a name it knows; what is resumed here is decided by our own checkpoints.
         run_config=RunConfig(
@@ -290,37 +290,6 @@ def _judge_source(config: ExperimentConfig, run: RunFolder) -> str | None:
         discriminator = build_discriminator(config.judge, seed=config.train.seed, texts=task_texts(config, run))
         discriminator.save(folder)
     return str(folder)
-
-
-def is_seq2seq(config: ExperimentConfig) -> bool:
-    """Whether the student is an encoder-decoder."""
-    model = config.student.model
-    if model.startswith("scratch:"):
-        return "t5" in model
-    if model.startswith("embedded:"):
-        return False
-    return bool(check_student(model, config.student).is_encoder_decoder)
-
-
-def engine_spec(config: ExperimentConfig, model: str) -> EngineSpec:
-    """The sampling engine of a config's student."""
-    engine = config.sampler.engine
-    if engine == "auto":
-        engine = "transformers" if is_seq2seq(config) else "vllm"
-    limits = config.student
-    longest = max(limits.max_rationale_tokens + limits.max_label_tokens, config.negatives.max_tokens or 0)
-    return EngineSpec(
-        engine=engine,
-        model=model,
-        precision=config.sampler.precision,
-        max_sequences=config.sampler.max_sequences,
-        max_model_tokens=limits.max_input_tokens + max(longest, config.evaluation.max_new_tokens) + 8,
-        kv_cache_gib=config.sampler.kv_cache_gib,
-        gpu_memory_utilization=config.sampler.gpu_memory_utilization,
-        gpu=config.sampler.gpus > 0,
-        threads=config.sampler.threads,
-        trust_remote_code=limits.trust_remote_code,
-    )
 
 
 # Evaluation and result
