@@ -67,7 +67,7 @@ def _t5(vocabulary: int) -> Any:
     return T5ForConditionalGeneration(
         T5Config(
             vocab_size=vocabulary, d_model=128, d_kv=32, d_ff=512, num_layers=3, num_heads=4, dropout_rate=0.0,
-            feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+            feed_forward_proj="gated-gelu", tie_word_embeddings=True,
             pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
         )  # fmt: skip
     )

@@ -1,0 +1,138 @@
+"""The fast engine for decoder-only models: vLLM, on GPUs and on CPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qcrd_ray.sampling.engine import EngineSpec, Generation, Request, SamplingParameters
+
+
+class WeightSwap:
+    """Mixed into vLLM's worker: takes the weights of a folder, what was derived from the old ones included."""
+
+    def swap_weights(self, folder: str) -> None:
+        model_runner: Any = self.model_runner  # type: ignore[attr-defined]
+        model_runner.reload_weights(weights_path=folder)
+        # On a CPU the output layer multiplies with a packed copy of its weights. Where it is tied to the embeddings,
+        # reloading leaves that copy at the old ones, without a word.
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+        for module in model_runner.get_model().modules():
+            if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
+                dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+class VllmEngine:
+    """vLLM inside this process: no engine core of its own that could outlive it."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if not spec.gpu:
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, math.ceil(spec.kv_cache_gib)))
+            # Threads that are bound to cores would fight a trainer on the same ones.
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+            import torch
+
+            torch.set_num_threads(spec.threads or os.cpu_count() or 1)
+        from vllm import LLM
+
+        settings: dict[str, Any] = {"gpu_memory_utilization": spec.gpu_memory_utilization} if spec.gpu else {}
+        self.llm = LLM(
+            model=spec.model,
+            dtype="bfloat16" if spec.precision == "bf16" else "float32",
+            max_model_len=_model_length(spec),
+            max_num_seqs=spec.max_sequences,
+            enable_prefix_caching=True,
+            enforce_eager=not spec.gpu,
+            trust_remote_code=spec.trust_remote_code,
+            generation_config="vllm",
+            logprobs_mode="raw_logprobs",
+            disable_log_stats=True,
+            worker_extension_cls="qcrd_ray.sampling.vllm.WeightSwap",
+            seed=0,
+            **settings,
+        )
+        self.end = int(self.llm.get_tokenizer().eos_token_id)
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Generation]]:
+        if not requests:
+            return []
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(request.prompt)} for request in requests],
+            [_parameters(request) for request in requests],
+            use_tqdm=False,
+        )
+        return [[self._generation(one) for one in output.outputs] for output in outputs]
+
+    def _generation(self, output: Any) -> Generation:
+        ids = list(output.token_ids)
+        values = [position[token].logprob for token, position in zip(ids, output.logprobs, strict=True)]
+        if ids and ids[-1] == self.end and output.finish_reason == "stop":
+            ids = ids[:-1]
+        mean = sum(values) / len(values) if values else math.nan
+        return Generation(output.text, tuple(ids), mean, output.finish_reason)
+
+    def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        from vllm import SamplingParams
+
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0),
+            use_tqdm=False,
+        )
+        return [
+            [position[token].logprob for token, position in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
+            for prompt, output in zip(prompts, outputs, strict=True)
+        ]
+
+    def load_weights(self, snapshot: Path) -> None:
+        if not (snapshot / "config.json").is_file():
+            raise RuntimeError(f"snapshot {snapshot}: no config.json")
+        self.llm.collective_rpc("swap_weights", args=(str(snapshot),))
+        # Cached prefixes were computed with the old weights.
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache; requests are still running")
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+
+
+def _model_length(spec: EngineSpec) -> int:
+    """What the spec asks for, as far as the model goes."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
+    return min(spec.max_model_tokens, int(getattr(config, "max_position_embeddings", spec.max_model_tokens)))
+
+
+def _parameters(request: Request) -> Any:
+    from vllm import SamplingParams
+
+    asked: SamplingParameters = request.parameters
+    return SamplingParams(
+        n=request.n,
+        temperature=asked.temperature,
+        top_k=asked.top_k,
+        top_p=asked.top_p,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        seed=request.seed,
+        max_tokens=asked.max_tokens,
+        stop=list(asked.stop) or None,
+        logprobs=0,
+        skip_special_tokens=True,
+    )
