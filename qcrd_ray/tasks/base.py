@@ -1,0 +1,124 @@
+"""What a benchmark is: what a student reads and writes, what a teacher is asked and answers, when two answers agree."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Choices = Sequence[str] | None
+
+MAX_ANSWER_CHARACTERS = 2000
+_RUN_ON = re.compile(r"\n\s*(?:Q|Question|Human|User)\s*:", re.IGNORECASE)
+_ANSWER = re.compile(r"(?:[Ss]o\s+|[Tt]herefore,?\s+|[Hh]ence,?\s+)?[Tt]he (?:final )?answer is:?\s*(?P<answer>[^\n]*)")
+
+
+@dataclass(frozen=True)
+class ParsedSample:
+    """A teacher's output taken apart. `answer` is None where none could be read, `target` where it has no such form."""
+
+    rationale: str
+    answer: str | None
+    target: str | None
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A worked example for a teacher's prompt."""
+
+    question: str
+    rationale: str
+    answer: str
+    choices: tuple[str, ...] | None = None
+
+
+class Task:
+    """A benchmark. The defaults are those of free-text answers; a benchmark overrides what it does otherwise."""
+
+    name = "text"
+    shots: tuple[Shot, ...] = ()
+    stop: tuple[str, ...] = ("\nQ:", "\n\n\n")
+    instruction = "Answer the question. Reason step by step, then end with: The answer is ANSWER."
+
+    def student_input(self, question: str, choices: Choices = None) -> str:
+        """What a student reads after its prefix."""
+        return question.strip() if not choices else f"{question.strip()}\nAnswer Choices: {_listed(choices)}"
+
+    def default_target(self, answer: str | None, target: str | None) -> str | None:
+        """What a student learns to write: the target if the data have one, else the answer."""
+        return target if target is not None else answer
+
+    def teacher_prompt(self, question: str, choices: Choices = None) -> str:
+        """Few-shot chain-of-thought prompt that a base model continues with a rationale and `The answer is …`."""
+        parts = [
+            f"Q: {self.student_input(shot.question, shot.choices)}\nA: {shot.rationale} The answer is {shot.answer}."
+            for shot in self.shots
+        ]
+        return "\n\n".join([*parts, f"Q: {self.student_input(question, choices)}\nA:"])
+
+    def teacher_messages(self, question: str, choices: Choices = None) -> list[dict[str, str]]:
+        """The same as a chat."""
+        messages = [{"role": "system", "content": self.instruction}]
+        for shot in self.shots:
+            messages.append({"role": "user", "content": self.student_input(shot.question, shot.choices)})
+            messages.append({"role": "assistant", "content": f"{shot.rationale} The answer is {shot.answer}."})
+        return [*messages, {"role": "user", "content": self.student_input(question, choices)}]
+
+    def parse_teacher_output(self, text: str, choices: Choices = None) -> ParsedSample:
+        """Rationale, answer and target of a raw output; what runs on into an invented question is cut first."""
+        text = _RUN_ON.split(text, maxsplit=1)[0].strip()
+        matches = list(_ANSWER.finditer(text))
+        if not matches:
+            return ParsedSample(text, None, None)
+        last = matches[-1]
+        written = last["answer"].strip().rstrip(".").strip()
+        rationale = text[: last.start()].strip() or text
+        if len(written) > MAX_ANSWER_CHARACTERS or self.canonical_answer(written, choices) is None:
+            return ParsedSample(rationale, None, None)
+        return ParsedSample(rationale, *self._answer_and_target(written, choices))
+
+    def _answer_and_target(self, written: str, choices: Choices) -> tuple[str | None, str | None]:
+        return written, None
+
+    def canonical_answer(self, text: str, choices: Choices = None) -> str | None:
+        """One text for all ways to write an answer; None for what is none."""
+        normal = normalise(text)
+        return normal or None
+
+    def same_answer(self, a: str, b: str, choices: Choices = None) -> bool:
+        """Whether two answers are one. What is no answer equals nothing."""
+        first = self.canonical_answer(a, choices)
+        return first is not None and first == self.canonical_answer(b, choices)
+
+    def is_correct(self, prediction: str, target: str, answer: str | None, choices: Choices = None) -> bool:
+        """Whether what a student wrote is right: the same answer as gold, or as the target where there is no gold."""
+        return self.same_answer(prediction, answer if answer is not None else target, choices)
+
+
+def normalise(text: str) -> str:
+    """Case folded, white space joined, without quotes around and punctuation at the end."""
+    text = " ".join(text[:MAX_ANSWER_CHARACTERS].casefold().split())
+    return text.strip(" \"'`*").rstrip(".,;:!").strip(" \"'`*")
+
+
+_LETTER = re.compile(r"^\(?\s*(?P<letter>[a-z])\s*(?:[).:]\s*(?P<rest>.*)|\s*)$", re.DOTALL)
+
+
+def canonical_choice(text: str, choices: Sequence[str]) -> str | None:
+    """The normalised text of the choice that an answer names by its text, its letter, or both; None for no choice."""
+    texts = [normalise(choice) for choice in choices]
+    normal = normalise(text)
+    if normal in texts:
+        return normal
+    match = _LETTER.match(normal)
+    if match is None:
+        return None
+    index = ord(match["letter"]) - ord("a")
+    if index >= len(texts):
+        return None
+    rest = normalise(match["rest"] or "")
+    return texts[index] if rest in ("", texts[index]) else None
+
+
+def _listed(choices: Sequence[str]) -> str:
+    return " ".join(f"({chr(ord('a') + index)}) {choice}" for index, choice in enumerate(choices))
