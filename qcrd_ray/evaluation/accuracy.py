@@ -47,7 +47,7 @@ def evaluate(config: ExperimentConfig) -> dict[str, Any]:
             for prediction in predict(engine, config, model, records):
                 correct += prediction.correct
                 line = {"id": prediction.id, "prediction": prediction.text, "correct": prediction.correct}
-                lines.append(json.dumps(line, ensure_ascii=False))
+                lines.append(json.dumps(line))
     finally:
         engine.close()
     if not lines:

@@ -357,8 +357,8 @@ class SamplingService:
                 self._push(snapshot + (self.schedule.lag or 0) + 0.5, "predict", folder, (split, first, last), future)
             predictions = [p for part in await asyncio.gather(*futures) for p in part]
             lines = [{"id": p.id, "prediction": p.text, "correct": p.correct} for p in predictions]
-            write_text_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        correct = [json.loads(line)["correct"] for line in path.read_text(encoding="utf-8").splitlines()]
+            write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
+        correct = [json.loads(line)["correct"] for line in path.read_text(encoding="utf-8").split("\n") if line]
         return {"snapshot": snapshot, "split": split, "accuracy": sum(correct) / len(correct), "n": len(correct)}
 
     async def explain(self, snapshot: int, split: str, count: int) -> list[dict[str, str]]:

@@ -45,7 +45,7 @@ class TrainEngine:
         self.stage = max(1, zero_stage) if precision == "bf16" else zero_stage
         self.module = module.to(torch.bfloat16 if precision == "bf16" else torch.float32)
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=weight_decay, fused=True)
         settings: dict[str, Any] = {
             **(overrides or {}),
             "train_micro_batch_size_per_gpu": 1,

@@ -25,6 +25,8 @@ from qcrd_ray.training.engine import TrainEngine
 from qcrd_ray.training.judge import OnlineJudge
 
 LABEL = "label"
+Key = tuple[str, int, int]
+"""(LABEL, "+" or "-"; the question's place in the rank's share; the rationale's place among its own)."""
 
 
 @dataclass
@@ -163,7 +165,7 @@ def _choice_pass(
     """Cross-entropies [B, m] and [B, k] of the candidates between which there is a choice; 0 elsewhere.
 
     A single positive needs none. A negative is looked at where there are several, and, without dropout, also to learn
-    whether it is at rest.
+    whether it is at rest. Equal rationales of a question are computed once.
     """
     student: Student = engine.module  # type: ignore[assignment]
     by_value = config.scheme != "sampling"
@@ -177,9 +179,11 @@ def _choice_pass(
         keys = positive_keys if by_value and len(positive_keys) > 1 else []
         if see_negative or (by_value and len(negative_keys) > 1):
             keys = keys + negative_keys
-        if keys:
-            targets = [(c.positives if side == "+" else c.negatives)[j] for side, _, j in keys]
-            items.append(Item(c.row.explain, targets, keys))
+        equal: dict[tuple[int, ...], list[Key]] = {}
+        for key in keys:
+            equal.setdefault(tuple((c.positives if key[0] == "+" else c.negatives)[key[2]]), []).append(key)
+        if equal:
+            items.append(Item(c.row.explain, list(equal), list(equal.values())))
     passes = cut_into_passes(student, items, config.train.tokens_per_pass, split=True)
     total = _most(len(passes))
     engine.train(False)
@@ -189,9 +193,10 @@ def _choice_pass(
                 engine.forward([_dummy(student)])
                 continue
             values = engine.forward(passes[number])
-            keys = [key for item in passes[number] for key in item.key]
-            for value, (side, index, j) in zip(values, keys, strict=True):
-                (positive_ce if side == "+" else negative_ce)[index, j] = value
+            owners = [keys for item in passes[number] for keys in item.key]
+            for value, keys in zip(values, owners, strict=True):
+                for side, index, j in keys:
+                    (positive_ce if side == "+" else negative_ce)[index, j] = value
     engine.train(True)
     return positive_ce, negative_ce
 

@@ -1,0 +1,263 @@
+"""Whole runs as a user starts them, on a small scratch student, with real Ray, DeepSpeed and engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from qcrd_ray.config import load_config
+from qcrd_ray.rationales.order import DataOrder
+from qcrd_ray.rationales.tables import open_rationale_table
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "jobs" / "configs" / "tiny.yaml"
+TIMEOUT = 240
+
+
+def start(job: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def run(job: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    process = start(job, *arguments, **environment)
+    try:
+        out, err = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def tiny(folder: Path, *arguments: str) -> tuple[dict[str, Any], Path]:
+    done = run("train", "--config", str(TINY), f"run.storage_path={folder}", *arguments)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    return result, Path(result["run"])
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    return tiny(tmp_path_factory.mktemp("runs"))
+
+
+def negatives_of(folder: Path) -> list[dict[str, Any]]:
+    files = sorted((folder / "negatives").glob("*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+@pytest.mark.slow
+def test_the_result_says_what_was_trained(tiny_run: tuple[dict[str, Any], Path]) -> None:
+    result, folder = tiny_run
+    assert result["steps"] == 12
+    assert result["accuracy"]["split"] == "test"
+    assert result["accuracy"]["n"] == 16
+    assert result["negatives"]["engine"] == "transformers"
+    assert result["negatives"]["requested"] == 48
+    assert 0 < result["negatives"]["used"] <= 48
+    assert (result["negatives"]["lag_min"], result["negatives"]["lag_max"]) == (0, 2)
+    assert result["negatives"]["active_fraction"] > 0
+    assert result["judge"] == {"pretrained_steps": 5, "updates": 6}
+    assert result["data"]["simulated"] is True
+    assert json.loads((folder / "result.json").read_text()) == result
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().strip().split("\n")]
+    assert [m["step"] for m in metrics if "step" in m] == list(range(12))
+
+
+@pytest.mark.slow
+def test_every_negative_is_from_its_snapshot_and_every_question_has_its_own(tiny_run: tuple[dict[str, Any], Path]) -> None:
+    _, folder = tiny_run
+    config = load_config(folder / "config.yaml")
+    table = open_rationale_table(folder / "data" / "train.arrow")
+    order = DataOrder(table.num_rows, config.train.batch_size, config.train.seed)
+    ids = table.column("id").to_pylist()
+    rows = negatives_of(folder)
+    for row in rows:
+        assert row["iteration"] == row["step"] // 2
+        assert row["snapshot"] == max(0, row["iteration"] - 2)
+    expected = [(step, ids[index], 0) for step in range(12) for index in order.batch(step)]
+    assert [(row["step"], row["id"], row["negative_index"]) for row in rows] == expected
+    assert len({row["seed"] for row in rows}) == len(rows)
+
+
+@pytest.mark.slow
+def test_the_log_probabilities_prove_where_negatives_come_from(tiny_run: tuple[dict[str, Any], Path]) -> None:
+    import torch
+    from transformers import AutoModelForSeq2SeqLM
+
+    from qcrd_ray.rationales.streaming import student_tools
+    from qcrd_ray.tasks.prompts import EXPLAIN
+
+    _, folder = tiny_run
+    config = load_config(folder / "config.yaml")
+    table = open_rationale_table(folder / "data" / "train.arrow")
+    questions = {row["id"]: row["question"] for row in table.to_pylist()}
+    tokenizer, task = student_tools(str(folder / "scratch_student"), config)
+    snapshots = {int(path.name): path for path in (folder / "snapshots").iterdir()}
+    checked, elsewhere = 0, []
+    for number in (0, 3):
+        others = [other for other in snapshots if other != number]
+        models = {n: AutoModelForSeq2SeqLM.from_pretrained(snapshots[n]).eval() for n in [number, *others]}
+        for row in negatives_of(folder):
+            if row["snapshot"] != number or not row["token_ids"]:
+                continue
+            ids = row["token_ids"] + ([tokenizer.end] if row["finish_reason"] == "stop" else [])
+            prompt, _ = tokenizer.prompt(EXPLAIN, task.student_input(questions[row["id"]], None))
+            means = {}
+            for n, model in models.items():
+                with torch.no_grad():
+                    means[n] = -float(model(input_ids=torch.tensor([prompt]), labels=torch.tensor([ids])).loss)
+            assert means[number] == pytest.approx(row["mean_logprob"], abs=1e-3)
+            elsewhere += [abs(means[n] - row["mean_logprob"]) for n in others]
+            checked += 1
+    assert checked >= 20
+    assert min(elsewhere) > 0.01
+
+
+@pytest.mark.slow
+def test_a_complete_run_is_not_done_again_and_another_config_is_refused(tiny_run: tuple[dict[str, Any], Path]) -> None:
+    result, folder = tiny_run
+    again, _ = tiny(folder.parent)
+    assert again == result
+    done = run(
+        "train", "--config", str(TINY), f"run.storage_path={folder.parent}", f"run.name={folder.name}", "loss.beta=0.3"
+    )
+    assert done.returncode == 2
+    assert "loss.beta (0.2 there, 0.3 here)" in done.stderr.strip().splitlines()[-1]
+    never = run("train", "--config", str(TINY), f"run.storage_path={folder.parent}", "run.resume=never")
+    assert never.returncode == 2
+    assert "run.resume=never" in never.stderr
+
+
+@pytest.mark.slow
+def test_the_student_loads_and_writes_what_was_scored(tiny_run: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    result, folder = tiny_run
+    done = run(
+        "evaluate", "--config", str(TINY), f"student.model={folder / 'student'}", "evaluation.split=test",
+        f"output={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    scored = json.loads(done.stdout.splitlines()[-1])
+    assert scored["accuracy"] == result["accuracy"]["after"]
+    assert scored["n"] == 16
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder / "student").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    questions = {row["id"]: row["question"] for row in open_rationale_table(folder / "data" / "test.arrow").to_pylist()}
+    for line in (tmp_path / "predictions-test.jsonl").read_text().strip().split("\n"):
+        prediction = json.loads(line)
+        prompt = tokenizer(f"<Predict> {questions[prediction['id']]}", add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            ids = model.generate(torch.tensor([[*prompt, tokenizer.eos_token_id]]), max_new_tokens=8, do_sample=False)
+        assert tokenizer.decode(ids[0], skip_special_tokens=True).strip() == prediction["prediction"]
+
+
+@pytest.mark.slow
+def test_a_run_whose_driver_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    settings = [
+        "--config", str(TINY), f"run.storage_path={tmp_path}", "train.max_steps=200", "train.checkpoint_interval=10",
+        "judge.enabled=false", "run.name=killed",
+    ]  # fmt: skip
+    process = start("train", *settings)
+    folder = tmp_path / "killed"
+    end = time.monotonic() + TIMEOUT
+    while len(list(folder.glob("checkpoints/0*"))) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[1][-3000:]
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    steps = sorted(int(path.name) for path in folder.glob("checkpoints/0*"))
+    subprocess.run(["pkill", "-9", "-f", "ray::(Sampler|RayTrainWorker)"], check=False)
+    result, _ = tiny(tmp_path, *settings[4:])
+    assert result["resumed_from_step"] >= steps[-1] > 0
+    assert result["steps"] == 200
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().strip().split("\n")]
+    assert [m["step"] for m in metrics if "step" in m] == list(range(200))
+    for row in negatives_of(folder):
+        assert row["snapshot"] == max(0, row["iteration"] - 2)
+    assert len(negatives_of(folder)) == 200 * 4
+
+
+@pytest.mark.slow
+def test_two_workers_zero2_and_a_causal_student_on_vllm(tmp_path: Path) -> None:
+    result, folder = tiny(
+        tmp_path, "student.model=scratch:llama-tiny", "sampler.engine=auto", "sampler.precision=bf16", "train.workers=2",
+        "train.zero_stage=2", "train.precision=bf16", "train.batch_size=3", f"train.deepspeed={ROOT}/jobs/deepspeed/zero2.json",
+    )  # fmt: skip
+    assert result["negatives"]["engine"] == "vllm"
+    assert result["negatives"]["lag_max"] == 2
+    assert result["negatives"]["requested"] == 36
+    for row in negatives_of(folder):
+        assert row["snapshot"] == max(0, row["iteration"] - 2)
+    done = run(
+        "evaluate", "--config", str(TINY), f"student.model={folder / 'student'}", "evaluation.split=test",
+        "sampler.engine=vllm", "sampler.precision=bf16",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    scored = json.loads(done.stdout.splitlines()[-1])
+    assert (scored["engine"], scored["accuracy"]) == ("vllm", result["accuracy"]["after"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["optim.learning_rate=1"], "config key optim.learning_rate: unknown; did you mean optim.lr?"),
+        (["optim.lr=fast"], "config key optim.lr"),
+        (["train.zero_stage=4"], "config key train.zero_stage"),
+        (["student.model=/nowhere/student"], "config key student.model: no model at '/nowhere/student'"),
+        (["student.model=scratch:t5"], "scratch:t5 is unknown; expected one of scratch:t5-tiny, scratch:llama-tiny"),
+        (["judge.encoder=/nowhere/encoder"], "config key judge.encoder"),
+        (["negatives.source=fixed"], "negatives.checkpoint"),
+        (["negatives.source=fixed", "negatives.checkpoint=/nowhere"], "/nowhere is no student folder"),
+        (["sampler.engine=vllm"], "vllm runs no encoder-decoder student"),
+        (["teacher.engine=recorded"], "set teacher.engine=scripted"),
+        (["task=svamp", "teacher.engine=recorded", "data.path=/nowhere"], "/nowhere not found"),
+        (["run.name=../up"], "is no folder name"),
+        (["run.resume=must"], "there is no run at"),
+        (["train.deepspeed=/nowhere.json"], "train.deepspeed: /nowhere.json: not found"),
+        (["--config", "jobs/configs/tinny.yaml"], "not found; did you mean"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(tmp_path: Path, arguments: list[str], expected: str) -> None:
+    done = run("train", "--config", str(TINY), f"run.storage_path={tmp_path / 'runs'}", *arguments)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert done.stdout == ""
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert expected in last
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, but train.zero_stage is 0"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled is True, but train.precision is fp32"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer is decided by optim.lr"),
+        ([], "expected a JSON object"),
+    ],
+)
+def test_a_deepspeed_json_that_contradicts_the_config(tmp_path: Path, settings: Any, expected: str) -> None:
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps(settings))
+    done = run("train", "--config", str(TINY), f"run.storage_path={tmp_path / 'runs'}", f"train.deepspeed={file}")
+    assert done.returncode == 2
+    assert expected in done.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "runs").exists()

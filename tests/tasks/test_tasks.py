@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import json
+import random
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from qcrd_ray.config import ExperimentConfig, config_from_dict
+from qcrd_ray.errors import UserError
+from qcrd_ray.tasks import TASKS, get_task
+from qcrd_ray.tasks.arithmetic import evaluate
+
+CHOICES = ["park", "Coloring Book", "bridge", "bridge", "gravity"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("( 84.0 / 2.0 )", 42),
+        ("((17 + 15) - 2)", 30),
+        ("2 + 3 * 4", 14),
+        ("(2 + 3) * 4", 20),
+        ("-3 - -4", 1),
+        ("8 − 3 × 2 ÷ 4", Fraction(13, 2)),
+        ("1,200 + .5", Fraction(2401, 2)),
+        ("10 / 4 / 5", Fraction(1, 2)),
+    ],
+)
+def test_arithmetic_has_the_value_that_it_says(text: str, value: Fraction) -> None:
+    assert evaluate(text) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "(", ")", "3 +", "(120 /", "1 / 0", "1 / (2 - 2)", "2 ** 3", "9**9**9**9", "nan", "inf", "1e999999", "x + 1",
+     "__import__('os')", "1 2", "()", "(" * 10**6, "9" * 10**6, "-" * 150 + "1", "9" * 60],
+)  # fmt: skip
+def test_what_is_no_arithmetic_has_no_value_and_takes_no_time(text: str) -> None:
+    begin = time.perf_counter()
+    assert evaluate(text) is None
+    assert time.perf_counter() - begin < 0.5
+
+
+def test_arithmetic_agrees_with_exact_fractions_on_random_expressions() -> None:
+    rng = random.Random(0)
+
+    def make(depth: int) -> tuple[str, Fraction]:
+        if depth == 0 or rng.random() < 0.3:
+            number = rng.randint(1, 99)
+            return str(number), Fraction(number)
+        (left, a), (right, b) = make(depth - 1), make(depth - 1)
+        sign = rng.choice("+-*/" if b else "+-*")
+        result = {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else a}[sign]
+        return f"( {left} {sign} {right} )", result
+
+    for _ in range(300):
+        text, value = make(3)
+        assert evaluate(text) == value, text
+
+
+@pytest.mark.parametrize("same", ["8", "8.0", "( 16.0 / 2.0 )", "$8", "8.", " 8 ", "(8)", "8 apples", "$ 8", "8.00%"])
+def test_svamp_answers_are_values(same: str) -> None:
+    assert TASKS["svamp"]().same_answer("8", same)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [("1,200", "1200"), ("1/3", "0.3333333333"), ("-3", "−3"), ("0.1", "( 1.0 / 10.0 )"), ("-0", "0")]
+)
+def test_svamp_numbers_that_are_one(a: str, b: str) -> None:
+    assert TASKS["svamp"]().same_answer(a, b)
+
+
+@pytest.mark.parametrize("other", ["9", "-8", "80", "8.01", "", "eight", "8 9", "(8", "8 ** 1"])
+def test_svamp_answers_that_differ_or_are_none(other: str) -> None:
+    assert not TASKS["svamp"]().same_answer("8", other)
+
+
+def test_an_equation_that_does_not_parse_equals_nothing_not_even_itself() -> None:
+    svamp = TASKS["svamp"]()
+    assert not svamp.same_answer("( 3.0 /", "( 3.0 /")
+    assert not svamp.is_correct("( 3.0 /", "( 3.0 /", None)
+    assert svamp.is_correct("( 2 * 21 )", "( 84.0 / 2.0 )", "42")
+    assert svamp.is_correct("( 84 / 2 )", "( 84.0 / 2.0 )", None)
+
+
+@pytest.mark.parametrize("same", ["coloring book", "Coloring Book.", "b", "(b)", "B", "B)", "(B) coloring book", "b. coloring book"])
+def test_a_choice_is_its_text_its_letter_or_both(same: str) -> None:
+    assert TASKS["cqa"]().same_answer("coloring book", same, CHOICES)
+
+
+@pytest.mark.parametrize("other", ["a", "(c) coloring book", "z", "f", "book", "coloring", ""])
+def test_what_names_another_choice_or_none_is_not_it(other: str) -> None:
+    assert not TASKS["cqa"]().same_answer("coloring book", other, CHOICES)
+
+
+def test_choices_with_the_same_text_are_one() -> None:
+    assert TASKS["cqa"]().same_answer("c", "d", CHOICES)
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [("Entailment.", "entailment"), ("yes", "entailment"), ("it is not possible to tell", "neutral"), ("No", "contradiction"),
+     ("not entailment", None), ("entailment or neutral", None), ("", None)],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["esnli", "anli1"])
+def test_inference_labels(name: str, text: str, label: str | None) -> None:
+    assert TASKS[name]().canonical_answer(text) == label
+
+
+def test_an_output_that_runs_on_is_cut_and_taken_apart() -> None:
+    parsed = TASKS["svamp"]().parse_teacher_output(
+        "Luke scored 84 / 2 = 42. The answer is (84 / 2).\n\nQ: There are 3 cars.\nA: The answer is (3 + 1)."
+    )
+    assert parsed.rationale == "Luke scored 84 / 2 = 42."
+    assert (parsed.answer, parsed.target) == ("42", "(84 / 2)")
+    cut = TASKS["svamp"]().parse_teacher_output("First. The answer is (120 /")
+    assert (cut.rationale, cut.answer, cut.target) == ("First.", None, None)
+    plain = TASKS["svamp"]().parse_teacher_output("The answer is $42.")
+    assert (plain.answer, plain.target) == ("42", None)
+    choice = TASKS["cqa"]().parse_teacher_output("It must be cold. So the answer is (b).", CHOICES)
+    assert (choice.rationale, choice.answer) == ("It must be cold.", "Coloring Book")
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_every_shot_of_a_task_reads_back_as_its_own_answer(name: str) -> None:
+    task = TASKS[name]()
+    assert len(task.shots) >= 4
+    for shot in task.shots:
+        parsed = task.parse_teacher_output(f"{shot.rationale} The answer is {shot.answer}.", shot.choices)
+        assert parsed.rationale == shot.rationale
+        assert parsed.answer is not None
+        assert task.same_answer(parsed.answer, shot.answer, shot.choices)
+    prompt = task.teacher_prompt("How many?", ["one", "two"])
+    assert prompt.endswith("A:")
+    assert prompt.count("The answer is") == len(task.shots)
+    assert len(task.teacher_messages("How many?")) == 2 * len(task.shots) + 2
+
+
+def _custom(**settings: str) -> ExperimentConfig:
+    return config_from_dict({"task": "custom", "custom": settings})
+
+
+def test_a_custom_task_has_its_own_template_pattern_and_comparison() -> None:
+    task = get_task(
+        _custom(template="Frage: {question} {choices}", answer_pattern=r"Antwort: (?P<answer>.*)", compare="number")
+    )
+    assert task.student_input("Wie {choices} viele?", ["x"]) == "Frage: Wie {choices} viele? (a) x"
+    assert task.parse_teacher_output("Eins und eins. Antwort: 2.0", None).answer == "2.0"
+    assert task.same_answer("2.0", "( 4 / 2 )")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"answer_pattern": "("}, {"answer_pattern": "x"}, {"template": "no place"}, {"template": "{question} {other}"}],
+)
+def test_a_custom_task_that_cannot_work_says_why(settings: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"config key custom\."):
+        get_task(_custom(**settings))
+
+
+def test_generated_splits_are_disjoint_repeatable_and_right() -> None:
+    task = TASKS["chain_sum"]()
+    splits = {name: list(task.generate_questions(name, count, 3)) for name, count in (("train", 500), ("valid", 60), ("test", 200))}
+    questions = [q.question for split in splits.values() for q in split]
+    assert len(set(questions)) == len(questions) == 760
+    assert splits["test"] == list(task.generate_questions("test", 300, 3))[:200]
+    for question in splits["train"]:
+        assert evaluate(question.question.removeprefix("What is ").rstrip("?")) == int(question.answer)
+
+
+def test_worked_solutions_are_right_without_a_slip_and_wrong_with_one() -> None:
+    task = TASKS["chain_sum"]()
+    texts = set()
+    for question in task.generate_questions("train", 300, 0):
+        for sample in range(4):
+            rationale, answer = task.scripted_rationale(question.question, random.Random(f"{question.id}{sample}"), False)
+            assert answer == question.answer
+            for step in rationale.rstrip(".").split(": ")[-1].split(". ")[0].split(", "):
+                left, _, right = step.partition(" = ")
+                assert evaluate(left) == evaluate(right), rationale
+            _, wrong = task.scripted_rationale(question.question, random.Random(f"{question.id}{sample}"), True)
+            assert wrong != question.answer
+            texts.add((question.id, rationale))
+    assert len(texts) > 2 * 300
+
+
+def test_recorded_outputs_of_a_teacher_are_read(benchmark_data: Path) -> None:
+    folder = benchmark_data / "dss" / "svamp"
+    outputs = [o for i in (0, 1) for o in json.loads((folder / "llm" / f"train_CoT_{i}.json").read_text())]
+    gold = [json.loads(line)["label"] for line in (folder / "svamp_train.json").read_text().strip().split("\n")]
+    svamp = TASKS["svamp"]()
+    parsed = [svamp.parse_teacher_output(output) for output in outputs]
+    answered = [(p.answer, g) for p, g in zip(parsed, gold, strict=True) if p.answer is not None]
+    assert len(answered) >= 760
+    assert 0.70 <= sum(svamp.same_answer(a, g) for a, g in answered) / 800 <= 0.80
+
+
+@pytest.mark.parametrize(
+    ("name", "teacher", "accuracy"),
+    [("svamp", "palm540b", 0.745), ("svamp", "gpt35turbo-mcckd", 0.678), ("cqa", "palm540b", 0.750),
+     ("anli1", "palm540b", 0.761), ("esnli", "palm540b", 0.701)],
+)  # fmt: skip
+def test_recorded_answers_have_their_known_accuracy(
+    benchmark_data: Path, name: str, teacher: str, accuracy: float
+) -> None:
+    task, right, count = TASKS[name](), 0, 0
+    for line in (benchmark_data / name / "train.jsonl").read_text().strip().split("\n"):
+        record = json.loads(line)
+        for sample in record["teacher_samples"]:
+            if sample["teacher"] == teacher:
+                count += 1
+                right += sample["answer"] is not None and task.same_answer(
+                    sample["answer"], record["answer"], record.get("choices")
+                )
+    assert right / count == pytest.approx(accuracy, abs=0.002)
