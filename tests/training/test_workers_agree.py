@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 STEPS = 20
+SAVED_AT = 12
 ROWS = 7  # with batches of 2: the last batch of an epoch is one row, and rank 1 of 2 has none
 M, K = 3, 2
 
@@ -82,6 +83,8 @@ def _train(rank: int, world: int, port: int, folder: str, cases: list[dict[str, 
 
 
 def _train_case(rank: int, world: int, case: dict[str, Any]) -> list[float]:
+    from safetensors.torch import load_file, save_file
+
     from qcrd_ray.config import config_from_dict
     from qcrd_ray.rationales.order import DataOrder
     from qcrd_ray.rationales.streaming import StepBatch
@@ -97,8 +100,12 @@ def _train_case(rank: int, world: int, case: dict[str, Any]) -> list[float]:
             "train": {"tokens_per_pass": case.get("tokens_per_pass", 60), "batch_size": 2},
         }
     )
+    student, resumed = _student(case["family"]), case.get("resume")
+    if resumed:
+        state = load_file(resumed)
+        student.load_state_dict({n: state.get(f"{n}/weight", v) for n, v in student.state_dict().items()}, strict=True)
     engine = TrainEngine(
-        _student(case["family"]), lr=1e-4, weight_decay=0.0, clip=1.0, zero_stage=case["stage"], precision="fp32"
+        student, lr=1e-4, weight_decay=0.0, clip=1.0, zero_stage=case["stage"], precision="fp32"
     )
     order, rows, losses = DataOrder(ROWS, 2, seed=0), _rows(), []
     generator = torch.Generator().manual_seed(5)
@@ -107,7 +114,14 @@ def _train_case(rank: int, world: int, case: dict[str, Any]) -> list[float]:
         for step in range(STEPS)
         for row in range(ROWS)
     }
-    for step in range(STEPS):
+    if resumed:
+        engine.load_full_state(state, SAVED_AT)
+    for step in range(SAVED_AT if resumed else 0, STEPS):
+        if step == SAVED_AT and case.get("save"):
+            tensors = {f"{n}/{key}": value for n, parts in engine.full_state() for key, value in parts.items()}
+            if rank == 0:
+                save_file(tensors, case["save"])
+            dist.barrier()
         mine = [rows[row] for row in order.share(step, rank, world)]
         batch = StepBatch(step, order.epoch_of(step), len(order.batch(step)), mine)
         sampled = [[Negative(ids, "n", 0) for ids in negatives[step, row.row]] for row in mine]
@@ -163,3 +177,14 @@ def test_the_pass_budget_changes_no_loss(tmp_path: Path) -> None:
     losses = _run(1, tmp_path, cases)
     for first, second in zip(losses[::2], losses[1::2], strict=True):
         assert first == pytest.approx(second, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_state_goes_on_in_any_stage_and_number_of_workers(tmp_path: Path) -> None:
+    stages = (0, 1, 2, 3)
+    saving = [{"family": "llama", "stage": stage, "save": str(tmp_path / f"{stage}.safetensors")} for stage in stages]
+    whole = _run(2, tmp_path, saving)
+    resuming = [{"family": "llama", "stage": 3 - stage, "resume": case["save"]} for stage, case in zip(stages, saving, strict=True)]
+    for world in (1, 2):
+        for case, losses in zip(resuming, _run(world, tmp_path, resuming), strict=True):
+            assert losses == pytest.approx(whole[0][SAVED_AT:], abs=2e-4), (world, case)
