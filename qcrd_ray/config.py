@@ -332,7 +332,12 @@ def _type_name(annotation: Any) -> str:
     if getattr(annotation, "__origin__", None) is Literal:
         return "|".join(str(value) for value in get_args(annotation))
     arguments = [a for a in get_args(annotation) if a is not type(None)]
-    if arguments and not isinstance(annotation, type) and "list" not in str(annotation) and "dict" not in str(annotation):
+    if (
+        arguments
+        and not isinstance(annotation, type)
+        and "list" not in str(annotation)
+        and "dict" not in str(annotation)
+    ):
         return _type_name(arguments[0])
     return getattr(annotation, "__name__", str(annotation))
 

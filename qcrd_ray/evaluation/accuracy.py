@@ -39,7 +39,9 @@ def evaluate(config: ExperimentConfig) -> dict[str, Any]:
     split = config.evaluation.split
     available = splits_available(config)
     if split not in available:
-        raise UserError(f"config key evaluation.split: no {split!r} in {config.data.path}; there are {', '.join(available)}")
+        raise UserError(
+            f"config key evaluation.split: no {split!r} in {config.data.path}; there are {', '.join(available)}"
+        )
     engine = start_engine(engine_spec(config, model))
     correct, lines = 0, []
     try:

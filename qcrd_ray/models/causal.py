@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcrd_ray.tasks.prompts import StudentTokenizer
 from qcrd_ray.models.student import Item, Student, mean_by_owner, token_cross_entropy
+from qcrd_ray.tasks.prompts import StudentTokenizer
 
 PROMPT = 0
 PADDING = -1

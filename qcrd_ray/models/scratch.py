@@ -66,9 +66,18 @@ def _t5(vocabulary: int) -> Any:
 
     return T5ForConditionalGeneration(
         T5Config(
-            vocab_size=vocabulary, d_model=128, d_kv=32, d_ff=512, num_layers=3, num_heads=4, dropout_rate=0.0,
-            feed_forward_proj="gated-gelu", tie_word_embeddings=True,
-            pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+            vocab_size=vocabulary,
+            d_model=128,
+            d_kv=32,
+            d_ff=512,
+            num_layers=3,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            eos_token_id=1,
+            decoder_start_token_id=0,
         )  # fmt: skip
     )
 
@@ -78,8 +87,17 @@ def _llama(vocabulary: int) -> Any:
 
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=2048,
-            tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+            vocab_size=vocabulary,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
         )  # fmt: skip
     )

@@ -84,9 +84,7 @@ class Student(nn.Module):
         return grid.index_put((torch.tensor(rows), torch.tensor(columns)), flat) if rows else grid
 
 
-def cut_into_passes(
-    student: Student, items: Sequence[Item], tokens_per_pass: int, *, split: bool
-) -> list[list[Item]]:
+def cut_into_passes(student: Student, items: Sequence[Item], tokens_per_pass: int, *, split: bool) -> list[list[Item]]:
     """Group items into passes of at most `tokens_per_pass` padded tokens, longest first.
 
     With `split`, an item above the budget is cut into several with the same prompt, its `key` a list with an entry a
@@ -132,7 +130,7 @@ def load_student(model: str, config: StudentConfig, dtype: torch.dtype = torch.f
     Raises:
         UserError: there is no such model, or it is neither encoder-decoder nor decoder-only.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from qcrd_ray.models.causal import CausalStudent
     from qcrd_ray.models.seq2seq import Seq2SeqStudent
@@ -159,7 +157,9 @@ def check_student(model: str, config: StudentConfig) -> Any:
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
-        known = "a Hugging Face name, a folder with config.json, embedded:smollm2-135m, scratch:t5-tiny, scratch:llama-tiny"
+        known = (
+            "a Hugging Face name, a folder with config.json, embedded:smollm2-135m, scratch:t5-tiny, scratch:llama-tiny"
+        )
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"config key student.model: no model at {model!r}; expected {known} ({reason})") from None
 

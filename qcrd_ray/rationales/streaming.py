@@ -15,9 +15,9 @@ from typing import Any
 import pyarrow as pa
 
 from qcrd_ray.config import ExperimentConfig, config_to_yaml
-from qcrd_ray.tasks.prompts import EXPLAIN, PREDICT, SEPARATOR
 from qcrd_ray.rationales.order import DataOrder
 from qcrd_ray.rationales.tables import open_rationale_table
+from qcrd_ray.tasks.prompts import EXPLAIN, PREDICT, SEPARATOR
 
 STEPS_PER_BLOCK = 16
 DATA_CPUS = 0.25

@@ -52,7 +52,9 @@ class Progress:
 
     def counts(self, counts: Counts) -> None:
         train = counts.train
-        teacher = f"{counts.teacher}" + (" - simulated" if counts.simulated and "simulated" not in counts.teacher else "")
+        teacher = f"{counts.teacher}" + (
+            " - simulated" if counts.simulated and "simulated" not in counts.teacher else ""
+        )
         self._print(
             f"{train.used} of {train.questions} questions, teacher {teacher}: {train.samples} samples, "
             f"{_percent(train.single_sample_accuracy)} right, vote {_percent(train.vote_accuracy)} right"

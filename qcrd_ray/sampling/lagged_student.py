@@ -26,15 +26,15 @@ import pyarrow.parquet as pq
 import ray
 
 from qcrd_ray.config import ExperimentConfig
-from qcrd_ray.tasks.prompts import EXPLAIN
 from qcrd_ray.rationales.schema import NEGATIVES
-from qcrd_ray.rationales.tables import open_rationale_table
 from qcrd_ray.rationales.streaming import student_tools, training_order
+from qcrd_ray.rationales.tables import open_rationale_table
+from qcrd_ray.run_folder import RunFolder, write_text_atomic
 from qcrd_ray.sampling.engine import EngineSpec, Request, SamplingParameters, start_engine
 from qcrd_ray.sampling.predictions import Prediction, explain, predict
 from qcrd_ray.sampling.schedule import FIXED, Chunk, Schedule
 from qcrd_ray.seeding import stable_hash
-from qcrd_ray.run_folder import RunFolder, write_text_atomic
+from qcrd_ray.tasks.prompts import EXPLAIN
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Sampler:
                     seed = stable_hash(self.config.train.seed, "negative", epoch, step, record["id"], index)
                     keys.append((epoch, step, record["id"], index, seed))
                     requests.append(Request(tuple(prompt), parameters, seed))
-        rows = []
+        rows: list[dict[str, Any]] = []
         generations = self.engine.generate(requests)
         for (epoch, step, id_, index, seed), [generation] in zip(keys, generations, strict=True):
             rows.append(
@@ -126,7 +126,9 @@ class Sampler:
         return explain(self.engine, self.config, self.model, self._records(split, 0, count))
 
     def _records(self, split: str, first: int, last: int) -> list[dict[str, Any]]:
-        records: list[dict[str, Any]] = open_rationale_table(self.run.table(split)).slice(first, last - first).to_pylist()
+        records: list[dict[str, Any]] = (
+            open_rationale_table(self.run.table(split)).slice(first, last - first).to_pylist()
+        )
         return records
 
     def close(self) -> None:
@@ -172,7 +174,6 @@ class SamplingService:
         self.step = step
         self.best = self._recorded_best()
         last = step // self.config.train.iteration_steps
-        self.queue.clear()
         self.enqueued.clear()
         self.tables.clear()
         for number in [n for n in self.published if n > last]:
@@ -189,7 +190,17 @@ class SamplingService:
             if self.schedule.snapshot_for(iteration) > last:
                 for chunk in self.schedule.chunks(iteration):
                     (self.run.negatives / chunk.file_name).unlink(missing_ok=True)
+        self._drop_jobs()
         self._refill()
+
+    def _drop_jobs(self) -> None:
+        """Sampling is asked anew; an evaluation goes on if its snapshot is still there."""
+        kept = [job for job in self.queue if job[2] != "sample" and Path(job[3]).exists()]
+        for job in self.queue:
+            if job[2] != "sample" and job not in kept:
+                job[5].cancel()
+        self.queue = kept
+        heapq.heapify(self.queue)
 
     def _recorded_best(self) -> dict[str, Any] | None:
         try:
@@ -284,7 +295,8 @@ class SamplingService:
             stats_ref, table = sampler.sample.options(num_returns=2).remote(chunk, snapshot, folder)
             stats = await stats_ref
             if generation != self.generation:
-                path.unlink(missing_ok=True)
+                if chunk not in self.tables:
+                    path.unlink(missing_ok=True)
                 return
             self.tokens += stats["tokens"]
             self.busy_seconds += stats["seconds"]
@@ -335,8 +347,10 @@ class SamplingService:
 
     async def best_snapshot(self) -> dict[str, Any] | None:
         """The best of all snapshots evaluated, once every evaluation under way has ended."""
-        while self.evaluations:
-            await self.evaluations.pop()
+        evaluations, self.evaluations = self.evaluations, []
+        for outcome in await asyncio.gather(*evaluations, return_exceptions=True):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, asyncio.CancelledError):
+                raise outcome
         return self.best
 
     async def evaluate(self, snapshot: int, split: str) -> dict[str, Any]:

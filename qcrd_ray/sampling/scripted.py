@@ -33,7 +33,7 @@ class ScriptedTeacher:
 
     def __init__(self, config: ExperimentConfig) -> None:
         """Raises UserError for a task that has no script."""
-        if not hasattr(get_task(config), "scripted_rationale"):
+        if not get_task(config).has_script:
             raise UserError(f"teacher.engine=scripted: task={config.task} has no script; chain_sum has one")
         if config.data.teachers is not None and config.data.teachers != [NAME]:
             raise UserError(f"config key data.teachers: teacher.engine=scripted has one teacher, {NAME!r}")

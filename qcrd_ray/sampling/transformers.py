@@ -102,7 +102,9 @@ class TransformersEngine:
             parameters = sequence.request.parameters
             token = greedy[row]
             if not sequence.finish_reason and parameters.temperature > 0:
-                token = _draw(logprobs[row], parameters.temperature, parameters.top_k, parameters.top_p, sequence.generator)
+                token = _draw(
+                    logprobs[row], parameters.temperature, parameters.top_k, parameters.top_p, sequence.generator
+                )
             tokens.append(token)
         picked = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device).unsqueeze(1)).squeeze(1).tolist()
         for sequence, value in zip(alive, picked, strict=True):
@@ -172,7 +174,9 @@ class TransformersEngine:
         missing = [name for name in own if name not in state and not _is_tied(name, own, state)]
         unknown = [name for name in state if name not in own]
         if missing or unknown or not state:
-            raise RuntimeError(f"snapshot {snapshot}: missing {missing[:3]}, unknown {unknown[:3]}, {len(state)} tensors")
+            raise RuntimeError(
+                f"snapshot {snapshot}: missing {missing[:3]}, unknown {unknown[:3]}, {len(state)} tensors"
+            )
         with torch.no_grad():
             for name, value in state.items():
                 own[name].copy_(value)

@@ -105,12 +105,13 @@ def canonical_number(value: Fraction) -> str:
 
 _DRESSED = re.compile(r"^[\s$€£#=]*(?P<number>.*?)[\s.%°]*$", re.DOTALL)
 _LEADING = re.compile(
-    r"^\(?\s*(?P<number>-?\s*[$€£]?\s*(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?)\s*\)?\s*%?\s+[A-Za-z][A-Za-z \-']*\.?$"
+    r"^\(?\s*(?P<number>-?\s*[$€£]?\s*(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?)\s*\)?"
+    r"\s*%?\s+[A-Za-z][A-Za-z \-']*\.?$"
 )
 
 
 def read_number(text: str) -> Fraction | None:
-    """The value of an answer as people write it: `8`, `8.0`, `$8`, `1,200`, `50%` (50), `( 16.0 / 2.0 )`, `8 apples`."""
+    """The value of an answer as people write it: `8.0`, `$8`, `1,200`, `50%` (50), `( 16.0 / 2.0 )`, `8 apples`."""
     if len(text) > MAX_CHARACTERS:
         return None
     text = text.translate(_SAME).strip()

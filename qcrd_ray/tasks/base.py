@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Task:
     """A benchmark. The defaults are those of free-text answers; a benchmark overrides what it does otherwise."""
 
     name = "text"
+    has_script = False
     shots: tuple[Shot, ...] = ()
     stop: tuple[str, ...] = ("\nQ:", "\n\n\n")
     instruction = "Answer the question. Reason step by step, then end with: The answer is ANSWER."
@@ -89,6 +91,10 @@ class Task:
         """Whether two answers are one. What is no answer equals nothing."""
         first = self.canonical_answer(a, choices)
         return first is not None and first == self.canonical_answer(b, choices)
+
+    def scripted_rationale(self, question: str, rng: random.Random, slip: bool) -> tuple[str, str]:
+        """A worked solution and its answer, for the scripted teacher; only tasks with `has_script` have one."""
+        raise ValueError(f"task {self.name} has no script")
 
     def is_correct(self, prediction: str, target: str, answer: str | None, choices: Choices = None) -> bool:
         """Whether what a student wrote is right: the same answer as gold, or as the target where there is no gold."""

@@ -25,6 +25,7 @@ class GeneratedQuestion:
 
 class ChainSum(Task):
     name = "chain_sum"
+    has_script = True
     shots = (
         Shot("What is 24 + 13?", "20 + 10 = 30, 4 + 3 = 7, 30 + 7 = 37.", "37"),
         Shot("What is 58 - 21?", "58 - 20 = 38, 38 - 1 = 37.", "37"),
@@ -128,5 +129,3 @@ def _worked(left: int, sign: str, right: int, rng: random.Random, slip: bool) ->
     if negative:
         text += f" {left} is less than {right}, so {answer}."
     return text, str(answer)
-
-

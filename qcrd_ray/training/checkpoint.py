@@ -86,7 +86,9 @@ def read_progress(run: RunFolder) -> Progress | None:
     try:
         return Progress(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"checkpoint {path}: cannot be read ({error}); remove that folder to go on from an older one")
+        raise UserError(
+            f"checkpoint {path}: cannot be read ({error}); remove that folder to go on from an older one"
+        ) from None
 
 
 def restore_optimizer(folder: Path, engine: TrainEngine, judge: OnlineJudge | None, progress: Progress) -> None:
@@ -101,8 +103,6 @@ def restore_optimizer(folder: Path, engine: TrainEngine, judge: OnlineJudge | No
 def network_state(student_state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The Hugging Face network's names: a Student holds it as `model`."""
     return {name.removeprefix("model."): value for name, value in student_state.items()}
-
-
 
 
 def _gather(engine: TrainEngine) -> dict[str, Tensor]:

@@ -99,7 +99,7 @@ class TrainEngine:
         return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
 
     def full_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """(name, {"weight", "exp_avg", "exp_avg_sq"}) of each parameter, fp32, whole. A collective: all ranks iterate."""
+        """(name, {"weight", "exp_avg", "exp_avg_sq"}) of each parameter, fp32, whole. All ranks iterate."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         for name, parameter in self.module.named_parameters():
@@ -201,5 +201,5 @@ def read_deepspeed_json(config: TrainConfig, clip: float) -> dict[str, Any]:
     for key, owner in _DECIDED.items():
         value = settings.get(key, "auto")
         if value != "auto" and not (key == "gradient_clipping" and float(value) == clip):
-            raise UserError(f"{where}: {key} is decided by {owner}; remove it or set it to \"auto\"")
+            raise UserError(f'{where}: {key} is decided by {owner}; remove it or set it to "auto"')
     return {key: value for key, value in settings.items() if key not in _DECIDED}

@@ -16,8 +16,8 @@ from qcrd_ray.models.discriminator import Discriminator
 from qcrd_ray.objectives.discriminator import discriminator_loss
 from qcrd_ray.rationales.corruption import fill_negatives
 from qcrd_ray.rationales.order import DataOrder
-from qcrd_ray.rationales.tables import open_rationale_table
 from qcrd_ray.rationales.streaming import student_tools
+from qcrd_ray.rationales.tables import open_rationale_table
 from qcrd_ray.training.engine import TrainEngine
 
 SETTLED = 0.95

@@ -75,7 +75,9 @@ class Plan:
     items: list[Item] = field(default_factory=list)
 
 
-def candidates(config: ExperimentConfig, rows: Sequence[TrainingRow], sampled: list[list[Negative]]) -> list[Candidates]:
+def candidates(
+    config: ExperimentConfig, rows: Sequence[TrainingRow], sampled: list[list[Negative]]
+) -> list[Candidates]:
     """The rationales that the method lets a question use."""
     found = []
     for row, negatives in zip(rows, sampled, strict=True):
@@ -130,7 +132,8 @@ def _plan(
     losses: StepLosses,
 ) -> Plan:
     """Masks, and the choice of columns: by a pass without gradients where the scheme goes by cross-entropy."""
-    device = engine.module.device  # type: ignore[union-attr]
+    student: Student = engine.module  # type: ignore[assignment]
+    device = student.device
     positive_mask = _mask([[bool(ids) for ids in c.positives] for c in found]).to(device)
     negative_mask = _mask([[bool(ids) for ids in c.negatives] for c in found]).to(device)
     losses.negatives_used = int(negative_mask.sum())
@@ -147,7 +150,7 @@ def _plan(
     positive_ce, negative_ce = _choice_pass(engine, config, found, positive_mask, negative_mask)
     choice = choose(positive_ce, negative_ce, positive_mask, negative_mask, scheme=config.scheme, uniforms=uniforms)
     losses.with_negative = int((choice.negative >= 0).sum())
-    if not engine.module.has_dropout and choice.negative.numel() and negative_ce.shape[1]:
+    if not student.has_dropout and choice.negative.numel() and negative_ce.shape[1]:
         # Without dropout the choice pass gave the value that the loss would have: a negative at rest has no gradient.
         picked = negative_ce.gather(1, choice.negative.clamp_min(0).unsqueeze(1)).squeeze(1)
         at_rest = picked >= config.loss.margin

@@ -37,6 +37,7 @@ from qcrd_ray.training.loop import WorkerSpec, train_worker
 
 logger = logging.getLogger(__name__)
 
+
 def train(config: ExperimentConfig) -> dict[str, Any]:
     """Run or resume a training run. Returns the object that `result.json` holds.
 
@@ -127,7 +128,7 @@ def _open_run(config: ExperimentConfig, run: RunFolder) -> dict[str, Any] | None
 
 @contextmanager
 def _ray(config: ExperimentConfig) -> Iterator[None]:
-    """Join the cluster that RAY_ADDRESS or a running head names, or start one on this machine."""
+    """Join the cluster that RAY_ADDRESS names (a submitted job has it), or start one on this machine."""
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.run.placement_timeout_s))
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -144,7 +145,10 @@ def _ray(config: ExperimentConfig) -> Iterator[None]:
         else:
             needed = sum(_cpus(config)) + DATA_CPUS
             ray.init(
-                address="local", num_cpus=max(os.cpu_count() or 1, int(-(-needed // 1))), include_dashboard=True, **settings
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, int(-(-needed // 1))),
+                include_dashboard=True,
+                **settings,
             )
         yield
     finally:
@@ -309,7 +313,9 @@ def _held_out(counts: Counts) -> list[str]:
 def _reported_split(counts: Counts) -> str:
     held_out = _held_out(counts)
     if not held_out:
-        raise UserError("the data have neither a valid nor a test split; a held-out split is what accuracy is reported on")
+        raise UserError(
+            "the data have neither a valid nor a test split; a held-out split is what accuracy is reported on"
+        )
     return held_out[-1]
 
 
@@ -384,13 +390,13 @@ def _result(
             "engine": engine_spec(config, "").engine if sampled else None,
             "sampler": statistics,
         },
-        "judge": {"pretrained_steps": progress.judge_pretrained_steps,
-                  "updates": progress.judge_steps - progress.judge_pretrained_steps},  # fmt: skip
+        "judge": {
+            "pretrained_steps": progress.judge_pretrained_steps,
+            "updates": progress.judge_steps - progress.judge_pretrained_steps,
+        },  # fmt: skip
         "cut": {"prompts": progress.cut_prompts, "targets": progress.cut_targets},
         "data": counts.model_dump(mode="json"),
         "examples": outcome.examples,
         "resumed_from_step": resumed_from,
         "run": str(run.root),
     }
-
-

@@ -77,7 +77,9 @@ def test_the_result_says_what_was_trained(tiny_run: tuple[dict[str, Any], Path])
 
 
 @pytest.mark.slow
-def test_every_negative_is_from_its_snapshot_and_every_question_has_its_own(tiny_run: tuple[dict[str, Any], Path]) -> None:
+def test_every_negative_is_from_its_snapshot_and_every_question_has_its_own(
+    tiny_run: tuple[dict[str, Any], Path],
+) -> None:
     _, folder = tiny_run
     config = load_config(folder / "config.yaml")
     table = open_rationale_table(folder / "data" / "train.arrow")
@@ -195,8 +197,9 @@ def test_a_run_whose_driver_is_killed_goes_on_where_it_was(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_two_workers_zero2_and_a_causal_student_on_vllm(tmp_path: Path) -> None:
     result, folder = tiny(
-        tmp_path, "student.model=scratch:llama-tiny", "sampler.engine=auto", "sampler.precision=bf16", "train.workers=2",
-        "train.zero_stage=2", "train.precision=bf16", "train.batch_size=3", f"train.deepspeed={ROOT}/jobs/deepspeed/zero2.json",
+        tmp_path, "student.model=scratch:llama-tiny", "sampler.engine=auto", "sampler.precision=bf16",
+        "train.workers=2", "train.zero_stage=2", "train.precision=bf16", "train.batch_size=3",
+        f"train.deepspeed={ROOT}/jobs/deepspeed/zero2.json",
     )  # fmt: skip
     assert result["negatives"]["engine"] == "vllm"
     assert result["negatives"]["lag_max"] == 2

@@ -1,4 +1,4 @@
-"""Both engines on small random models, for real: the same seeds, the same texts; the weights that they say they hold."""
+"""Both engines on small random models: the same seeds, the same texts; the weights that they say they hold."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ def spec(engine: str, model: Path, precision: str = "fp32") -> EngineSpec:
 
 def prompts(count: int = 11) -> list[tuple[int, ...]]:
     generator = torch.Generator().manual_seed(0)
-    return [
-        tuple(torch.randint(3, 250, (3 + index % 7,), generator=generator).tolist()) for index in range(count)
-    ]
+    return [tuple(torch.randint(3, 250, (3 + index % 7,), generator=generator).tolist()) for index in range(count)]
 
 
 def sample(engine: SamplingEngine, parameters: SamplingParameters, order: list[int], n: int = 1) -> dict[int, Any]:

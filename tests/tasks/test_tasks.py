@@ -86,7 +86,9 @@ def test_an_equation_that_does_not_parse_equals_nothing_not_even_itself() -> Non
     assert svamp.is_correct("( 84 / 2 )", "( 84.0 / 2.0 )", None)
 
 
-@pytest.mark.parametrize("same", ["coloring book", "Coloring Book.", "b", "(b)", "B", "B)", "(B) coloring book", "b. coloring book"])
+@pytest.mark.parametrize(
+    "same", ["coloring book", "Coloring Book.", "b", "(b)", "B", "B)", "(B) coloring book", "b. coloring book"]
+)
 def test_a_choice_is_its_text_its_letter_or_both(same: str) -> None:
     assert TASKS["cqa"]().same_answer("coloring book", same, CHOICES)
 
@@ -102,8 +104,8 @@ def test_choices_with_the_same_text_are_one() -> None:
 
 @pytest.mark.parametrize(
     ("text", "label"),
-    [("Entailment.", "entailment"), ("yes", "entailment"), ("it is not possible to tell", "neutral"), ("No", "contradiction"),
-     ("not entailment", None), ("entailment or neutral", None), ("", None)],
+    [("Entailment.", "entailment"), ("yes", "entailment"), ("it is not possible to tell", "neutral"),
+     ("No", "contradiction"), ("not entailment", None), ("entailment or neutral", None), ("", None)],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["esnli", "anli1"])
 def test_inference_labels(name: str, text: str, label: str | None) -> None:
@@ -163,7 +165,10 @@ def test_a_custom_task_that_cannot_work_says_why(settings: dict[str, str]) -> No
 
 def test_generated_splits_are_disjoint_repeatable_and_right() -> None:
     task = TASKS["chain_sum"]()
-    splits = {name: list(task.generate_questions(name, count, 3)) for name, count in (("train", 500), ("valid", 60), ("test", 200))}
+    splits = {
+        name: list(task.generate_questions(name, count, 3))
+        for name, count in (("train", 500), ("valid", 60), ("test", 200))
+    }
     questions = [q.question for split in splits.values() for q in split]
     assert len(set(questions)) == len(questions) == 760
     assert splits["test"] == list(task.generate_questions("test", 300, 3))[:200]
@@ -176,7 +181,9 @@ def test_worked_solutions_are_right_without_a_slip_and_wrong_with_one() -> None:
     texts = set()
     for question in task.generate_questions("train", 300, 0):
         for sample in range(4):
-            rationale, answer = task.scripted_rationale(question.question, random.Random(f"{question.id}{sample}"), False)
+            rationale, answer = task.scripted_rationale(
+                question.question, random.Random(f"{question.id}{sample}"), False
+            )
             assert answer == question.answer
             for step in rationale.rstrip(".").split(": ")[-1].split(". ")[0].split(", "):
                 left, _, right = step.partition(" = ")

@@ -1,4 +1,4 @@
-"""One worker and two train alike: real DeepSpeed engines over gloo, every ZeRO stage, one rank at times without work."""
+"""One worker and two train alike: real DeepSpeed over gloo, every ZeRO stage, one rank at times without work."""
 
 from __future__ import annotations
 
@@ -59,10 +59,20 @@ def _rows() -> list[Any]:
         positives = [_tokens(generator, 3, 12) for _ in range(1 + row % M)]
         rows.append(
             TrainingRow(
-                row=row, id=f"q{row}", question=f"question {row}", predict=_tokens(generator, 2, 8),
-                explain=_tokens(generator, 2, 8), label=_tokens(generator, 1, 4), positives=positives,
-                positive_texts=["p"] * len(positives), minority=[], minority_texts=[], first=positives[0],
-                first_text="p", cut_prompts=0, cut_targets=0,
+                row=row,
+                id=f"q{row}",
+                question=f"question {row}",
+                predict=_tokens(generator, 2, 8),
+                explain=_tokens(generator, 2, 8),
+                label=_tokens(generator, 1, 4),
+                positives=positives,
+                positive_texts=["p"] * len(positives),
+                minority=[],
+                minority_texts=[],
+                first=positives[0],
+                first_text="p",
+                cut_prompts=0,
+                cut_targets=0,
             )  # fmt: skip
         )
     return rows
@@ -104,9 +114,7 @@ def _train_case(rank: int, world: int, case: dict[str, Any]) -> list[float]:
     if resumed:
         state = load_file(resumed)
         student.load_state_dict({n: state.get(f"{n}/weight", v) for n, v in student.state_dict().items()}, strict=True)
-    engine = TrainEngine(
-        student, lr=1e-4, weight_decay=0.0, clip=1.0, zero_stage=case["stage"], precision="fp32"
-    )
+    engine = TrainEngine(student, lr=1e-4, weight_decay=0.0, clip=1.0, zero_stage=case["stage"], precision="fp32")
     order, rows, losses = DataOrder(ROWS, 2, seed=0), _rows(), []
     generator = torch.Generator().manual_seed(5)
     negatives = {
@@ -184,7 +192,10 @@ def test_a_state_goes_on_in_any_stage_and_number_of_workers(tmp_path: Path) -> N
     stages = (0, 1, 2, 3)
     saving = [{"family": "llama", "stage": stage, "save": str(tmp_path / f"{stage}.safetensors")} for stage in stages]
     whole = _run(2, tmp_path, saving)
-    resuming = [{"family": "llama", "stage": 3 - stage, "resume": case["save"]} for stage, case in zip(stages, saving, strict=True)]
+    resuming = [
+        {"family": "llama", "stage": 3 - stage, "resume": case["save"]}
+        for stage, case in zip(stages, saving, strict=True)
+    ]
     for world in (1, 2):
         for case, losses in zip(resuming, _run(world, tmp_path, resuming), strict=True):
             assert losses == pytest.approx(whole[0][SAVED_AT:], abs=2e-4), (world, case)
