@@ -133,6 +133,8 @@ def _ray(config: ExperimentConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.run.placement_timeout_s))
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # A trainer and a sampler share a laptop's cores: a thread that waits must sleep, not spin.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in ("ray.data", "ray.train", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
     if ray.is_initialized():
@@ -234,7 +236,9 @@ def _fit(config: ExperimentConfig, run: RunFolder, spec: WorkerSpec) -> None:
         _train_loop,
         train_loop_config={"spec": spec},
         scaling_config=ScalingConfig(num_workers=config.train.workers, use_gpu=gpu, resources_per_worker=resources),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=config.train.collective_timeout_s),
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if gpu else "gloo", timeout_s=config.train.collective_timeout_s
+        ),
         # Ray Train resumes silently under a name it knows; what is resumed here is decided by our own checkpoints.
         run_config=RunConfig(
             name=f"train-{uuid.uuid4().hex[:8]}",
