@@ -131,7 +131,7 @@ def _drop_metrics_from(run: RunFolder, step: int) -> None:
     """Metrics of steps that will be done again, and a line that a kill cut short, go."""
     if run.metrics.exists():
         lines = run.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("step", -1) < step]
+        kept = [line for line in lines if step and line.endswith("\n") and json.loads(line).get("step", -1) < step]
         write_text_atomic(run.metrics, "".join(kept))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from qcrd_ray.errors import UserError
 from qcrd_ray.models.discriminator import build_discriminator, check_encoder
 from qcrd_ray.models.student import check_student
 from qcrd_ray.rationales.counts import Counts
+from qcrd_ray.rationales.sources import splits_available
 from qcrd_ray.rationales.streaming import DATA_CPUS
 from qcrd_ray.rationales.tables import open_rationale_table
 from qcrd_ray.reporting.progress import Progress as ProgressDisplay
@@ -100,7 +102,13 @@ def _check(config: ExperimentConfig) -> None:
             raise UserError(f"config key negatives.checkpoint: {folder} is no student folder (no config.json in it)")
     if config.sampler.engine == "vllm" and is_seq2seq(config):
         raise UserError("config key sampler.engine: vllm runs no encoder-decoder student; set it to transformers")
+    if engine_spec(config, model).engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UserError("config key sampler.engine: vllm is not installed; run make setup, or set it to transformers")
     make_teacher(config)
+    if not {"valid", "test"} & set(splits_available(config)):
+        raise UserError(
+            f"config key data.path: {config.data.path} has no valid and no test split; accuracy is reported on one"
+        )
 
 
 def _open_run(config: ExperimentConfig, run: RunFolder) -> dict[str, Any] | None:
@@ -315,12 +323,7 @@ def _held_out(counts: Counts) -> list[str]:
 
 
 def _reported_split(counts: Counts) -> str:
-    held_out = _held_out(counts)
-    if not held_out:
-        raise UserError(
-            "the data have neither a valid nor a test split; a held-out split is what accuracy is reported on"
-        )
-    return held_out[-1]
+    return _held_out(counts)[-1]
 
 
 def _evaluate(

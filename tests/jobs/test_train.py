@@ -230,6 +230,7 @@ def test_two_workers_zero2_and_a_causal_student_on_vllm(tmp_path: Path) -> None:
         (["sampler.engine=vllm"], "vllm runs no encoder-decoder student"),
         (["teacher.engine=recorded"], "set teacher.engine=scripted"),
         (["task=svamp", "teacher.engine=recorded", "data.path=/nowhere"], "/nowhere not found"),
+        (["data.generated={train: 8}"], "has no valid and no test split"),
         (["run.name=../up"], "is no folder name"),
         (["run.resume=must"], "there is no run at"),
         (["train.deepspeed=/nowhere.json"], "train.deepspeed: /nowhere.json: not found"),
