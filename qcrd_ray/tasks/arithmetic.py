@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 
 MAX_CHARACTERS = 200
 MAX_DEPTH = 32
 MAX_DIGITS = 40
+SIGNIFICANT_DIGITS = 10
+MAX_DECIMALS = 30
 
 _TOKEN = re.compile(r"\s*(?:(\d+(?:,\d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+)|([-+*/()]))")
 _SAME = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "[": "(", "]": ")"})
@@ -16,8 +19,8 @@ _SAME = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", 
 def evaluate(text: str) -> Fraction | None:
     """The exact value of an expression such as `( 84.0 / 2.0 )`, None if it is not one.
 
-    Expressions of more than 200 characters, deeper than 32 parentheses, with numbers of more than 40 digits, or that
-    divide by zero have no value.
+    Expressions of more than 200 characters, deeper than 32 parentheses, with numbers of more than 40 digits, with a
+    value of 10**40 or more, or that divide by zero have no value.
     """
     if len(text) > MAX_CHARACTERS:
         return None
@@ -27,7 +30,7 @@ def evaluate(text: str) -> Fraction | None:
     try:
         parser = _Parser(tokens)
         value = parser.sum(0)
-        return value if parser.at == len(tokens) else None
+        return value if parser.at == len(tokens) and abs(value) < 10**MAX_DIGITS else None
     except (_NoValue, ZeroDivisionError):
         return None
 
@@ -99,8 +102,19 @@ class _Parser:
 
 
 def canonical_number(value: Fraction) -> str:
-    """One text for every way to write a value: ten significant digits, so that 1/3 and 0.3333333333 agree."""
-    return f"{float(value):.10g}" if value else "0"
+    """One text for every way to write a value, in plain decimals that `evaluate` reads back as the same text.
+
+    A whole number keeps every digit; another is rounded to ten significant digits, at most 30 of them decimals, so
+    that 1/3 and 0.3333333333 agree.
+    """
+    if value.denominator == 1:
+        return str(value.numerator)
+    leading = math.floor(math.log10(abs(value)))
+    places = min(MAX_DECIMALS, max(0, SIGNIFICANT_DIGITS - 1 - leading))
+    digits = str(round(abs(value) * 10**places)).rjust(places + 1, "0")
+    whole, decimals = digits[: len(digits) - places], digits[len(digits) - places :].rstrip("0")
+    text = f"{whole}.{decimals}" if decimals else whole
+    return f"-{text}" if value < 0 and text != "0" else text
 
 
 _DRESSED = re.compile(r"^[\s$€£#=]*(?P<number>.*?)[\s.%°]*$", re.DOTALL)

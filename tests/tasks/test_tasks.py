@@ -11,7 +11,7 @@ import pytest
 from qcrd_ray.config import ExperimentConfig, config_from_dict
 from qcrd_ray.errors import UserError
 from qcrd_ray.tasks import TASKS, get_task
-from qcrd_ray.tasks.arithmetic import evaluate
+from qcrd_ray.tasks.arithmetic import canonical_number, evaluate
 
 CHOICES = ["park", "Coloring Book", "bridge", "bridge", "gravity"]
 
@@ -36,7 +36,7 @@ def test_arithmetic_has_the_value_that_it_says(text: str, value: Fraction) -> No
 @pytest.mark.parametrize(
     "text",
     ["", "(", ")", "3 +", "(120 /", "1 / 0", "1 / (2 - 2)", "2 ** 3", "9**9**9**9", "nan", "inf", "1e999999", "x + 1",
-     "__import__('os')", "1 2", "()", "(" * 10**6, "9" * 10**6, "-" * 150 + "1", "9" * 60],
+     "__import__('os')", "1 2", "()", "(" * 10**6, "9" * 10**6, "-" * 150 + "1", "9" * 60, "*".join(["9" * 39] * 2)],
 )  # fmt: skip
 def test_what_is_no_arithmetic_has_no_value_and_takes_no_time(text: str) -> None:
     begin = time.perf_counter()
@@ -67,7 +67,16 @@ def test_svamp_answers_are_values(same: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("a", "b"), [("1,200", "1200"), ("1/3", "0.3333333333"), ("-3", "−3"), ("0.1", "( 1.0 / 10.0 )"), ("-0", "0")]
+    ("a", "b"),
+    [
+        ("50%", "50"),
+        ("1/2", "0.5"),
+        ("1,200", "1200"),
+        ("1/3", "0.3333333333"),
+        ("-3", "−3"),
+        ("0.1", "( 1.0 / 10.0 )"),
+        ("-0", "0"),
+    ],
 )
 def test_svamp_numbers_that_are_one(a: str, b: str) -> None:
     assert TASKS["svamp"]().same_answer(a, b)
@@ -76,6 +85,31 @@ def test_svamp_numbers_that_are_one(a: str, b: str) -> None:
 @pytest.mark.parametrize("other", ["9", "-8", "80", "8.01", "", "eight", "8 9", "(8", "8 ** 1"])
 def test_svamp_answers_that_differ_or_are_none(other: str) -> None:
     assert not TASKS["svamp"]().same_answer("8", other)
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [("12345678901", "12345678901"), ("200000 * 100000", "20000000000"), ("-1 / 20000", "-0.00005"), ("0", "0"),
+     ("9.99999999999", "10"), ("2 / 3", "0.6666666667"), ("1 / " + "9" * 35, "0"), ("12345678901.4", "12345678901")],
+)  # fmt: skip
+def test_a_canonical_number_is_plain_and_reads_back_as_itself(text: str, canonical: str) -> None:
+    value = evaluate(text)
+    assert value is not None
+    assert canonical_number(value) == canonical
+    assert TASKS["svamp"]().canonical_answer(canonical) == canonical
+
+
+def test_canonical_numbers_read_back_as_themselves_at_every_size() -> None:
+    rng, svamp = random.Random(1), TASKS["svamp"]()
+    for _ in range(2000):
+        value = Fraction(rng.randint(-(10**12), 10**12), rng.randint(1, 10 ** rng.randint(0, 20)))
+        canonical = canonical_number(value)
+        assert svamp.canonical_answer(canonical) == canonical, value
+        assert float(canonical) == pytest.approx(float(value), rel=1e-9, abs=1e-30)
+
+
+def test_whole_numbers_that_differ_in_one_digit_differ() -> None:
+    assert not TASKS["svamp"]().same_answer("12345678901", "12345678902")
 
 
 def test_an_equation_that_does_not_parse_equals_nothing_not_even_itself() -> None:
