@@ -11,7 +11,10 @@ Choices = Sequence[str] | None
 
 MAX_ANSWER_CHARACTERS = 2000
 _RUN_ON = re.compile(r"\n\s*(?:Q|Question|Human|User)\s*:", re.IGNORECASE)
-_ANSWER = re.compile(r"(?:[Ss]o\s+|[Tt]herefore,?\s+|[Hh]ence,?\s+)?[Tt]he (?:final )?answer is:?\s*(?P<answer>[^\n]*)")
+_ANSWER = re.compile(
+    r"(?:so\s+|therefore,?\s+|hence,?\s+)?the (?:final )?answer is:?\s*(?P<answer>[^\n]*)", re.IGNORECASE
+)
+_SENTENCE_END = re.compile(r"[.!]\s")
 
 
 @dataclass(frozen=True)
@@ -68,16 +71,20 @@ class Task:
 
     def parse_teacher_output(self, text: str, choices: Choices = None) -> ParsedSample:
         """Rationale, answer and target of a raw output; what runs on into an invented question is cut first."""
-        text = _RUN_ON.split(text, maxsplit=1)[0].strip()
+        text = cut_run_on(text)
         matches = list(_ANSWER.finditer(text))
         if not matches:
             return ParsedSample(text, None, None)
         last = matches[-1]
-        written = last["answer"].strip().rstrip(".").strip()
         rationale = text[: last.start()].strip() or text
-        if len(written) > MAX_ANSWER_CHARACTERS or self.canonical_answer(written, choices) is None:
+        if len(last["answer"]) > MAX_ANSWER_CHARACTERS:
             return ParsedSample(rationale, None, None)
-        return ParsedSample(rationale, *self._answer_and_target(written, choices))
+        # The whole line is the answer if it can be; `The answer is 8. She has 8 plums.` says it in the first sentence.
+        for line in (last["answer"], _SENTENCE_END.split(last["answer"], maxsplit=1)[0]):
+            written = line.strip(" *`").rstrip(". *`")
+            if self.canonical_answer(written, choices) is not None:
+                return ParsedSample(rationale, *self._answer_and_target(written, choices))
+        return ParsedSample(rationale, None, None)
 
     def _answer_and_target(self, written: str, choices: Choices) -> tuple[str | None, str | None]:
         return written, None
@@ -101,10 +108,19 @@ class Task:
         return self.same_answer(prediction, answer if answer is not None else target, choices)
 
 
+def cut_run_on(text: str) -> str:
+    """A teacher's output up to the next question, which a base model goes on to invent."""
+    return _RUN_ON.split(text, maxsplit=1)[0].strip()
+
+
+_QUOTES = " \"'`*"
+_CURLY = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"'})
+
+
 def normalise(text: str) -> str:
     """Case folded, white space joined, without quotes around and punctuation at the end."""
-    text = " ".join(text[:MAX_ANSWER_CHARACTERS].casefold().split())
-    return text.strip(" \"'`*").rstrip(".,;:!").strip(" \"'`*")
+    text = " ".join(text[:MAX_ANSWER_CHARACTERS].casefold().translate(_CURLY).split())
+    return text.lstrip(_QUOTES).rstrip(_QUOTES + ".,;:!")
 
 
 _LETTER = re.compile(r"^\(?\s*(?P<letter>[a-z])\s*(?:[).:]\s*(?P<rest>.*)|\s*)$", re.DOTALL)

@@ -7,7 +7,7 @@ import re
 from qcrd_ray.config import TaskConfig
 from qcrd_ray.errors import UserError
 from qcrd_ray.tasks.arithmetic import canonical_number, read_number
-from qcrd_ray.tasks.base import Choices, ParsedSample, Task, canonical_choice, normalise
+from qcrd_ray.tasks.base import Choices, ParsedSample, Task, canonical_choice, cut_run_on, normalise
 
 
 class Custom(Task):
@@ -37,11 +37,12 @@ class Custom(Task):
         return re.sub(r"\{question\}|\{choices\}", lambda match: given[match[0]], self.config.template)
 
     def parse_teacher_output(self, text: str, choices: Choices = None) -> ParsedSample:
-        matches = list(self.pattern.finditer(text))
+        text = cut_run_on(text)
+        matches = [match for match in self.pattern.finditer(text) if match["answer"] is not None]
         if not matches:
-            return ParsedSample(text.strip(), None, None)
+            return ParsedSample(text, None, None)
         written = matches[-1]["answer"].strip()
-        rationale = text[: matches[-1].start()].strip() or text.strip()
+        rationale = text[: matches[-1].start()].strip() or text
         answer = written if self.canonical_answer(written, choices) is not None else None
         return ParsedSample(rationale, answer, None)
 

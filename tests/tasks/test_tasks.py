@@ -139,6 +139,7 @@ def test_choices_with_the_same_text_are_one() -> None:
 @pytest.mark.parametrize(
     ("text", "label"),
     [("Entailment.", "entailment"), ("yes", "entailment"), ("it is not possible to tell", "neutral"),
+     ("It’s impossible to tell.", "neutral"), ("contradictory", "contradiction"),
      ("No", "contradiction"), ("not entailment", None), ("entailment or neutral", None), ("", None)],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["esnli", "anli1"])
@@ -158,6 +159,17 @@ def test_an_output_that_runs_on_is_cut_and_taken_apart() -> None:
     assert (plain.answer, plain.target) == ("42", None)
     choice = TASKS["cqa"]().parse_teacher_output("It must be cold. So the answer is (b).", CHOICES)
     assert (choice.rationale, choice.answer) == ("It must be cold.", "Coloring Book")
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "answer"),
+    [("svamp", "**10**.", "10"), ("svamp", "10. She has 10 plums.", "10"), ("svamp", "(2 * 5). That is all.", "10"),
+     ("cqa", "(b) coloring book. It fits.", "Coloring Book"), ("cqa", "**B**.", "Coloring Book"),
+     ("cqa", "b or c.", None), ("esnli", "neutral. Nothing says so.", "neutral"), ("svamp", "10 or 12.", None)],
+)  # fmt: skip
+def test_an_answer_may_be_set_in_bold_or_be_followed_by_a_sentence(name: str, line: str, answer: str | None) -> None:
+    parsed = TASKS[name]().parse_teacher_output(f"First this. THE ANSWER IS {line}", CHOICES)
+    assert (parsed.rationale, parsed.answer) == ("First this.", answer)
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
@@ -186,6 +198,14 @@ def test_a_custom_task_has_its_own_template_pattern_and_comparison() -> None:
     assert task.student_input("Wie {choices} viele?", ["x"]) == "Frage: Wie {choices} viele? (a) x"
     assert task.parse_teacher_output("Eins und eins. Antwort: 2.0", None).answer == "2.0"
     assert task.same_answer("2.0", "( 4 / 2 )")
+
+
+def test_a_custom_task_reads_no_answer_from_an_invented_question_or_an_empty_group() -> None:
+    parsed = get_task(_custom()).parse_teacher_output("One. The answer is 4.\n\nQ: What?\nA: Two. The answer is 9.")
+    assert (parsed.rationale, parsed.answer) == ("One.", "4")
+    optional = get_task(_custom(answer_pattern=r"x=(?P<answer>\d+)|none"))
+    assert optional.parse_teacher_output("none").answer is None
+    assert optional.parse_teacher_output("x=3, or none").answer == "3"
 
 
 @pytest.mark.parametrize(
