@@ -88,6 +88,19 @@ def _split_of(expression: str, seed: int) -> str:
     return "valid" if draw < HELD_OUT_SHARE["test"] + HELD_OUT_SHARE["valid"] else "train"
 
 
+def _slips(left: int, sign: str, right: int, result: int) -> list[int]:
+    """Wrong results of a step that people write: never negative, never the right one."""
+    slips = [result - 1, result + 1, left - right if sign == "+" else left + right]
+    ones = left % 10 + right % 10 if sign == "+" else left % 10 - right % 10
+    if ones > 9:
+        slips.append(result - 10)  # a carry forgotten
+    elif ones < 0:
+        slips.append(result + 10)  # a borrow forgotten
+    if result % 10:
+        slips.append(int(str(abs(result))[::-1]))  # the digits turned round
+    return [slip for slip in slips if slip >= 0 and slip != result]
+
+
 class _Steps:
     """Writes steps `a + b = c`; the one that slips is off by a typical mistake, and what follows goes on from it."""
 
@@ -99,10 +112,7 @@ class _Steps:
     def do(self, left: int, sign: str, right: int) -> int:
         result = left + right if sign == "+" else left - right
         if len(self.lines) == self.slips_at:
-            # A carry forgotten, a count off by one, the digits of a number turned round.
-            turned = int(str(abs(result))[::-1])
-            result = self.rng.choice([result - 10, result + 10, result - 1, result + 1, turned])
-            result += result == (left + right if sign == "+" else left - right)
+            result = self.rng.choice(_slips(left, sign, right, result))
         self.lines.append(f"{left} {sign} {right} = {result}")
         return result
 

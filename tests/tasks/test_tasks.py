@@ -248,6 +248,17 @@ def test_worked_solutions_are_right_without_a_slip_and_wrong_with_one() -> None:
     assert len(texts) > 2 * 300
 
 
+def test_a_slip_is_one_wrong_step_that_a_person_could_write() -> None:
+    task = TASKS["chain_sum"]()
+    for question in task.generate_questions("train", 300, 0):
+        for sample in range(4):
+            rationale, _ = task.scripted_rationale(question.question, random.Random(f"{question.id}{sample}"), True)
+            steps = [step.split(" = ") for step in rationale.rstrip(".").split(": ")[-1].split(". ")[0].split(", ")]
+            wrong = [result for left, result in steps if evaluate(left) != evaluate(result)]
+            assert len(wrong) == 1, rationale
+            assert int(wrong[0]) >= 0, rationale
+
+
 def test_recorded_outputs_of_a_teacher_are_read(benchmark_data: Path) -> None:
     folder = benchmark_data / "dss" / "svamp"
     outputs = [o for i in (0, 1) for o in json.loads((folder / "llm" / f"train_CoT_{i}.json").read_text())]
