@@ -264,11 +264,13 @@ class SamplingService:
                 try:
                     await self._run(sampler, job)
                     break
-                except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
+                except Exception as error:  # a dead actor, a failed engine, a full disk: asked again, then said
                     self.restarts += isinstance(error, ray.exceptions.RayActorError)
                     logger.warning("sampler failed (%d of %d): %s", attempt, ATTEMPTS, _first_line(error))
                     if attempt == ATTEMPTS:
+                        self.queue.append(job)
                         self._fail(f"a sampler failed {ATTEMPTS} times in a row, last with: {_first_line(error)}")
+                        break
                     await asyncio.sleep(min(2.0**attempt, 15.0))
             self.running.remove(job[3])
 
