@@ -254,7 +254,10 @@ def _fit(config: ExperimentConfig, run: RunFolder, spec: WorkerSpec) -> None:
             failure_config=FailureConfig(max_failures=config.train.max_failures),
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    finally:
+        shutil.rmtree(run.root / ".ray_train", ignore_errors=True)
 
 
 def _train_loop(settings: dict[str, Any]) -> None:
