@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 from filelock import FileLock
@@ -40,7 +42,11 @@ def embedded_student(name: str) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock"), timeout=LOCK_SECONDS):
             if not (folder / "config.json").exists():
-                _convert(source, folder)
+                # In a process of its own: what the conversion takes is given back at its end.
+                command = [sys.executable, "-m", "qcrd_ray.models.embedded", str(source), str(folder)]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise RuntimeError(f"{source} could not be converted: {done.stderr[-2000:]}")
     return folder
 
 
@@ -80,3 +86,7 @@ def _convert(source: Path, folder: Path) -> None:
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+
+
+if __name__ == "__main__":
+    _convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -20,6 +20,8 @@ from qcrd_ray.models.student import Student, save_student
 from qcrd_ray.run_folder import RunFolder, atomic_folder
 from qcrd_ray.training.engine import TrainEngine
 from qcrd_ray.training.judge import OnlineJudge
+
+SHARD_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -60,18 +62,21 @@ def save_checkpoint(
     run: RunFolder, engine: TrainEngine, student: Student, judge: OnlineJudge | None, progress: Progress, keep: int
 ) -> None:
     """Write a checkpoint and prune old ones. A collective; rank 0 writes."""
-    rank = dist.get_rank()
-    weights = engine.weights()
-    state = _gather(engine)
-    judge_state = _gather(judge.engine) if judge else None
-    if rank == 0:
-        with atomic_folder(checkpoint_folder(run, progress.step)) as folder:
+    first = dist.get_rank() == 0
+    target = checkpoint_folder(run, progress.step)
+    with atomic_folder(target) if first else nullcontext() as folder:
+        weights = engine.weights()
+        if folder is not None:
             save_student(student, folder / "student", network_state(weights or {}))
-            save_file(state, folder / "optimizer.safetensors")
-            if judge and judge_state is not None:
+        del weights
+        _save_state(engine, folder, "optimizer")
+        if judge:
+            _save_state(judge.engine, folder, "judge_optimizer")
+        if folder is not None:
+            if judge:
                 judge.discriminator.save(folder / "judge")
-                save_file(judge_state, folder / "judge_optimizer.safetensors")
             (folder / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+    if first:
         for step in checkpoint_steps(run)[:-keep]:
             shutil.rmtree(checkpoint_folder(run, step), ignore_errors=True)
     dist.barrier()
@@ -93,9 +98,9 @@ def read_progress(run: RunFolder) -> Progress | None:
 
 def restore_optimizer(folder: Path, engine: TrainEngine, judge: OnlineJudge | None, progress: Progress) -> None:
     """Give the engines back their fp32 weights and moments. The modules were loaded from the same folder."""
-    engine.load_full_state(_Tensors(folder / "optimizer.safetensors"), progress.step)
+    engine.load_full_state(_Tensors(folder, "optimizer"), progress.step)
     if judge:
-        judge.engine.load_full_state(_Tensors(folder / "judge_optimizer.safetensors"), progress.judge_steps)
+        judge.engine.load_full_state(_Tensors(folder, "judge_optimizer"), progress.judge_steps)
         judge.steps = progress.judge_steps
         judge.pretrained_steps = progress.judge_pretrained_steps
 
@@ -105,21 +110,29 @@ def network_state(student_state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("model."): value for name, value in student_state.items()}
 
 
-def _gather(engine: TrainEngine) -> dict[str, Tensor]:
-    """All parameters' full states under `name/key`: filled on rank 0, empty elsewhere. A collective."""
-    gathered: dict[str, Tensor] = {}
-    for name, tensors in engine.full_state():
-        if dist.get_rank() == 0:
-            gathered.update({f"{name}/{key}": value for key, value in tensors.items()})
-    return gathered
+def _save_state(engine: TrainEngine, folder: Path | None, name: str) -> None:
+    """Write all parameters' full states, a file for every half GiB. A collective; rank 0 writes."""
+    shard: dict[str, Tensor] = {}
+    number = size = 0
+    for parameter, tensors in engine.full_state():
+        if folder is None:
+            continue
+        shard.update({f"{parameter}/{key}": value for key, value in tensors.items()})
+        size += sum(value.numel() * value.element_size() for value in tensors.values())
+        if size >= SHARD_BYTES:
+            save_file(shard, folder / f"{name}-{number:05d}.safetensors")
+            shard, number, size = {}, number + 1, 0
+    if folder is not None and shard:
+        save_file(shard, folder / f"{name}-{number:05d}.safetensors")
 
 
 class _Tensors(dict[str, Any]):
-    """A safetensors file read tensor by tensor."""
+    """The tensors of some safetensors files, read one by one."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, folder: Path, name: str) -> None:
         super().__init__()
-        self.file = safe_open(path, framework="pt")
+        self.files = [safe_open(path, framework="pt") for path in sorted(folder.glob(f"{name}-*.safetensors"))]
+        self.place = {key: file for file in self.files for key in file.keys()}  # noqa: SIM118
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.file.get_tensor(name)
+    def __getitem__(self, name: str) -> Tensor:
+        return self.place[name].get_tensor(name)

@@ -311,8 +311,8 @@ def test_data_without_a_held_out_split(tmp_path: Path) -> None:
     row = {"id": "a", "question": "q", "answer": "1", "teacher_samples": [{"rationale": "r", "answer": "1"}]}
     (tmp_path / "data" / "train.jsonl").write_text(json.dumps(row) + "\n")
     done = run(
-        "train", "--config", str(TINY), f"run.storage_path={tmp_path / 'runs'}", "task=svamp", "teacher.engine=recorded",
-        f"data.path={tmp_path / 'data'}",
+        "train", "--config", str(TINY), f"run.storage_path={tmp_path / 'runs'}", "task=svamp",
+        "teacher.engine=recorded", f"data.path={tmp_path / 'data'}",
     )  # fmt: skip
     assert done.returncode == 2
     assert "has no valid and no test split" in done.stderr.strip().splitlines()[-1]
