@@ -67,7 +67,7 @@ class CausalStudent(Student):
             use_cache=False,
         ).last_hidden_state
         picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, torch.tensor(source, device=device))
-        ce = token_cross_entropy(self.model.lm_head(picked), torch.tensor(wanted, device=device))
+        ce = token_cross_entropy(self.model.lm_head, picked, torch.tensor(wanted, device=device))
         return mean_by_owner(ce, torch.tensor(owner, device=device), number)
 
 

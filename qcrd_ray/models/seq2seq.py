@@ -47,7 +47,7 @@ class Seq2SeqStudent(Student):
         hidden = decoded[real]
         if getattr(self.model.config, "scale_decoder_outputs", False):
             hidden = hidden * self.model.model_dim**-0.5
-        ce = token_cross_entropy(self.model.lm_head(hidden), target_ids[real])
+        ce = token_cross_entropy(self.model.lm_head, hidden, target_ids[real])
         row = torch.arange(len(targets), device=device).unsqueeze(1).expand_as(target_ids)[real]
         return mean_by_owner(ce, row, len(targets))
 

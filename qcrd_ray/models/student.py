@@ -22,6 +22,9 @@ from qcrd_ray.errors import UserError
 from qcrd_ray.tasks.prompts import StudentTokenizer, load_tokenizer
 
 
+TOKENS_TOGETHER = 512
+
+
 @dataclass(frozen=True)
 class Item:
     """One prompt and its targets, all token ids. `key` leads back to whoever asked."""
@@ -112,9 +115,16 @@ def _split(student: Student, item: Item, budget: int) -> list[Item]:
     return _split(student, first, budget) + _split(student, second, budget)
 
 
-def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log softmax(logits)[target] for each row, float32. Shapes [T, V] and [T] -> [T]."""
-    return F.cross_entropy(logits.float(), targets, reduction="none")
+def token_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(head(hidden))[target] for each token, float32. Shapes [T, d] and [T] -> [T].
+
+    Without gradients the logits are made and dropped a few hundred tokens at a time, so that a choice among many
+    rationales takes no more memory than one among few.
+    """
+    if torch.is_grad_enabled():
+        return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+    parts = zip(hidden.split(TOKENS_TOGETHER), targets.split(TOKENS_TOGETHER), strict=True)
+    return torch.cat([F.cross_entropy(head(part).float(), wanted, reduction="none") for part, wanted in parts])
 
 
 def mean_by_owner(values: Tensor, owner: Tensor, count: int) -> Tensor:

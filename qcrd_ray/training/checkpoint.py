@@ -21,7 +21,7 @@ from qcrd_ray.run_folder import RunFolder, atomic_folder
 from qcrd_ray.training.engine import TrainEngine
 from qcrd_ray.training.judge import OnlineJudge
 
-SHARD_BYTES = 1 << 29
+SHARD_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def network_state(student_state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _save_state(engine: TrainEngine, folder: Path | None, name: str) -> None:
-    """Write all parameters' full states, a file for every half GiB. A collective; rank 0 writes."""
+    """Write all parameters' full states, a file for every 128 MiB. A collective; rank 0 writes."""
     shard: dict[str, Tensor] = {}
     number = size = 0
     for parameter, tensors in engine.full_state():

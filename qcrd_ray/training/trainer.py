@@ -157,7 +157,7 @@ def _ray(config: ExperimentConfig) -> Iterator[None]:
             ray.init(
                 address="local",
                 num_cpus=max(os.cpu_count() or 1, int(-(-needed // 1))),
-                include_dashboard=True,
+                include_dashboard=False,
                 **settings,
             )
         yield
