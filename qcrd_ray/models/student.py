@@ -21,7 +21,6 @@ from qcrd_ray.config import StudentConfig
 from qcrd_ray.errors import UserError
 from qcrd_ray.tasks.prompts import StudentTokenizer, load_tokenizer
 
-
 TOKENS_TOGETHER = 512
 
 
