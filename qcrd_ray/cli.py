@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, NoReturn
 
 from qcrd_ray.config import ExperimentConfig, config_to_yaml, load_config, option_lines
 from qcrd_ray.errors import UserError
+from qcrd_ray.run_folder import write_text_atomic
 
 USER_ERROR_CODE = 2
 INTERRUPT_CODE = 130
@@ -92,25 +92,7 @@ def result_line(result: Mapping[str, Any]) -> str:
 
 def write_result(folder: str | Path, result: Mapping[str, Any]) -> None:
     """Write the result line as `result.json` into a folder that exists."""
-    write_atomic(Path(folder) / "result.json", result_line(result) + "\n")
-
-
-def write_atomic(path: str | Path, text: str) -> None:
-    """Replace a file by a complete one, or leave the old one: a reader never sees half of it."""
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_text_atomic(Path(folder) / "result.json", result_line(result) + "\n")
 
 
 class _Parser(argparse.ArgumentParser):

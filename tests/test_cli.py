@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qcrd_ray.cli import find_user_error, result_line, write_atomic
+from qcrd_ray.cli import find_user_error, result_line
 from qcrd_ray.errors import UserError
+from qcrd_ray.run_folder import write_text_atomic
 
 
 def test_result_line_is_one_line_of_strict_json() -> None:
@@ -18,14 +19,14 @@ def test_result_line_is_one_line_of_strict_json() -> None:
         result_line({"a": object()})
 
 
-def test_write_atomic_replaces_and_leaves_no_other_file(tmp_path: Path) -> None:
+def test_write_text_atomic_replaces_and_leaves_no_other_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    write_atomic(path, "one")
-    write_atomic(path, "two")
+    write_text_atomic(path, "one")
+    write_text_atomic(path, "two")
     assert path.read_text() == "two"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
     with pytest.raises(UnicodeEncodeError):
-        write_atomic(path, "\ud800")
+        write_text_atomic(path, "\ud800")
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "two"
 
