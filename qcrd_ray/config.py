@@ -24,7 +24,8 @@ SchemeName = Literal["min_max", "max_min", "sampling", "mean", "weighted_mean"]
 NegativeSource = Literal[
     "lagged", "fixed", "self_consistency", "lagged+self_consistency", "fixed+self_consistency", "none"
 ]
-TeacherEngine = Literal["recorded", "scripted"]
+TeacherEngine = Literal["recorded", "scripted", "vllm", "transformers", "openai"]
+Augmentation = Literal["auto", "spacy", "stanza", "rules", "none"]
 SamplerEngine = Literal["auto", "vllm", "transformers"]
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -56,6 +57,11 @@ class DataConfig(Section):
     max_rationale_chars: Positive = Field(
         20_000, description="A teacher's sample longer than this is left out and counted."
     )
+    near_duplicates: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None,
+        description="Drop a positive whose similarity to an earlier one of its question reaches this (1: equal but for "
+        "case, white space and punctuation). Default: keep all. The vote counts them all the same.",
+    )
 
 
 class TaskConfig(Section):
@@ -69,12 +75,90 @@ class TaskConfig(Section):
     compare: Literal["text", "number", "choice"] = Field("text", description="How two answers are compared.")
 
 
+class EndpointConfig(Section):
+    """The OpenAI-compatible server of `teacher.engine=openai`."""
+
+    base_url: str | None = Field(
+        None, description="URL of the server, for example http://host:8000/v1. Default: OPENAI_BASE_URL, else OpenAI's."
+    )
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = Field(
+        "OPENAI_API_KEY", description="Environment variable that holds the key; the key itself is never written."
+    )
+    max_in_flight: Positive = Field(32, description="Requests in flight at most.")
+    requests_per_minute: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Requests a minute at most, retries among them, evenly spaced. Default: no limit."
+    )
+    tokens_per_minute: Positive | None = Field(
+        None, description="Prompt and generated tokens in any minute at most. Default: no limit."
+    )
+    timeout_s: Annotated[float, Field(gt=0.0)] = Field(120.0, description="Seconds after which a request has failed.")
+    max_attempts: Positive = Field(6, description="Attempts of a request, with backoff between them, before it failed.")
+    max_backoff_s: Annotated[float, Field(gt=0.0)] = Field(
+        60.0, description="Longest wait between two attempts; a Retry-After of the server may be longer."
+    )
+    use_n: Literal["auto", "always", "never"] = Field(
+        "auto", description="Ask K samples in one request (n=K); auto: where the server has it, else K requests."
+    )
+    price_input: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Price of a million prompt tokens.")
+    price_output: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Price of a million generated tokens.")
+    budget: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Cost at which sampling stops, that of the samples already there among it. Default: none."
+    )
+
+
 class TeacherConfig(Section):
     engine: TeacherEngine = Field("recorded", description="Where the teacher's samples come from.")
-    model: str | None = Field(None, description="Name of the teacher, for engines that load or ask one.")
+    model: str | None = Field(
+        None,
+        description="Teacher of the engines vllm and transformers (Hugging Face name, folder, embedded:smollm2-135m) "
+        "and openai (the server's name of it).",
+    )
     samples: Positive = Field(5, description="K, the paper's m: samples a question that are voted.")
     temperature: Annotated[float, Field(ge=0.0, le=10.0)] = Field(0.7, description="Sampling temperature.")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="Nucleus of a live teacher; 1: none.")
+    top_k: NonNegative = Field(0, description="Likeliest tokens that vllm and transformers sample among; 0: all.")
+    max_tokens: Positive = Field(256, description="Generated tokens of a sample at most.")
     seed: NonNegative = Field(0, description="Seed of the teacher's samples and of the order of recorded ones.")
+    prompt: Literal["auto", "chat", "few_shot"] = Field(
+        "auto",
+        description="chat: the model's chat template (openai: chat completions); few_shot: plain text that a base "
+        "model continues (openai: completions); auto: chat where the model has a template.",
+    )
+    prompt_file: str | None = Field(
+        None,
+        description="Jinja2 file of the prompt: {{ question }}, {{ choices }}, {{ shots }}, {{ instruction }}. In a "
+        "chat it is the user's message.",
+    )
+    shots_file: str | None = Field(
+        None, description="JSON lines {question, rationale, answer, choices?} in place of the task's worked examples."
+    )
+    stop: list[str] | None = Field(None, description="Texts that end a sample. Default: the task's, none in a chat.")
+    store: str | None = Field(
+        None,
+        description="Folder that samples are kept in and reused from, by any run. Default: samples/ beside the tables.",
+    )
+    max_failed_share: Fraction = Field(
+        0.05, description="Share of failed questions past which the job's exit code is 1."
+    )
+    actors: Positive = Field(1, description="Engine actors of vllm and transformers at least.")
+    max_actors: Positive | None = Field(
+        None, description="Engine actors at most, as far as the cluster grows. Default: teacher.actors."
+    )
+    cpus: Annotated[float, Field(ge=0.0)] = Field(1.0, description="Logical CPUs of an engine actor.")
+    gpus: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="GPUs of an engine actor: a fraction shares one, tensor_parallel takes at least as many."
+    )
+    tensor_parallel: Positive = Field(1, description="GPUs that a vLLM engine is spread over.")
+    max_sequences: Positive = Field(256, description="Sequences that an engine generates at once.")
+    max_model_tokens: Positive = Field(4096, description="Prompt and sample at most, as far as the model goes.")
+    kv_cache_gib: Annotated[float, Field(gt=0.0)] = Field(2.0, description="vLLM's cache on a CPU, GiB.")
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.9, description="Share of a GPU's memory that vLLM takes."
+    )
+    threads: Positive | None = Field(None, description="CPU threads of an engine. Default: all cores.")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="Precision of a local teacher.")
+    trust_remote_code: bool = Field(False, description="Run Python code that ships with the teacher's model.")
+    endpoint: EndpointConfig = Field(default_factory=EndpointConfig)
 
 
 class StudentConfig(Section):
@@ -153,6 +237,11 @@ class JudgeConfig(Section):
     lr: Annotated[float, Field(gt=0.0, le=1.0)] = Field(5e-5, description="Learning rate of the discriminator.")
     max_tokens: Positive = Field(512, description="Question and rationale are cut to this many tokens.")
     hidden_size: Positive = Field(256, description="Width between the two linear layers.")
+    augmentation: Augmentation = Field(
+        "auto",
+        description="Corrupted positives that balance the teacher's minority in pretraining: word classes by spaCy or "
+        "stanza where installed (auto), by one of them, or by rules; none: no corrupted ones.",
+    )
 
 
 class SamplerConfig(Section):
@@ -228,6 +317,12 @@ class ExperimentConfig(Section):
     def _parts_agree(self) -> ExperimentConfig:
         if self.scheme == "weighted_mean" and not self.judge.enabled and self.is_contrastive:
             raise ValueError("scheme=weighted_mean weighs by the judge's scores; set judge.enabled=true")
+        if self.teacher.max_actors is not None and self.teacher.max_actors < self.teacher.actors:
+            raise ValueError("teacher.max_actors is less than teacher.actors")
+        if self.teacher.engine == "openai" and (self.teacher.max_actors or self.teacher.actors) > 1:
+            raise ValueError("teacher.engine=openai asks from one actor; raise teacher.endpoint.max_in_flight instead")
+        if self.teacher.engine in ("vllm", "transformers", "openai") and not self.teacher.model:
+            raise ValueError(f"teacher.engine={self.teacher.engine} needs teacher.model")
         if self.negatives.source.startswith("fixed") and not self.negatives.checkpoint:
             raise ValueError(f"negatives.source={self.negatives.source} needs negatives.checkpoint, a student folder")
         return self
@@ -265,6 +360,18 @@ class ExperimentConfig(Section):
 
 _INFRASTRUCTURE = (
     "output",
+    "teacher.store",
+    "teacher.max_failed_share",
+    "teacher.actors",
+    "teacher.max_actors",
+    "teacher.cpus",
+    "teacher.gpus",
+    "teacher.tensor_parallel",
+    "teacher.max_sequences",
+    "teacher.kv_cache_gib",
+    "teacher.gpu_memory_utilization",
+    "teacher.threads",
+    "teacher.endpoint.",
     "evaluation.split",
     "run.",
     "sampler.",

@@ -37,6 +37,21 @@ TEACHER_SAMPLES = pa.schema(
 )
 """`answer` is the teacher's own, null where it could not be parsed; what a recorded sample does not tell is null."""
 
+STORED_SAMPLES = pa.schema(
+    [
+        pa.field("key", pa.int64(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("sample_index", pa.int32(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("seed", pa.int64()),
+        pa.field("finish_reason", pa.string()),
+        pa.field("completion_tokens", pa.int32()),
+    ]
+)
+"""Raw samples of a live teacher as they are kept for reuse: parsed only as tables are made of them, so that a better
+answer pattern costs no new sample. `key` is a hash of the question's id and of the prompt that was asked: a question
+whose text has changed has no samples."""
+
 RATIONALE_SETS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
