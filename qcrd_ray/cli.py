@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qcrd_ray.config import ExperimentConfig, config_to_yaml, load_config, option_lines
-from qcrd_ray.errors import UserError
+from qcrd_ray.errors import TooManyFailures, UserError
 from qcrd_ray.run_folder import write_text_atomic
 
+FAILURES_CODE = 1
 USER_ERROR_CODE = 2
 INTERRUPT_CODE = 130
 
@@ -42,7 +43,8 @@ def job_main(
         argv: arguments; those of the process by default.
 
     Returns:
-        The exit code: 0, 2 after a `UserError` (one line on standard error), 130 after an interrupt.
+        The exit code: 0, 1 after `TooManyFailures` (with a result), 2 after a `UserError` (one line on standard
+        error), 130 after an interrupt.
     """
     try:
         arguments = _parser(job, description).parse_intermixed_args(argv)
@@ -52,11 +54,18 @@ def job_main(
             return 0
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s")
         stdout = _keep_standard_output()
-        line = result_line(run(config))
+        failures: TooManyFailures | None = None
+        try:
+            result = run(config)
+        except TooManyFailures as error:
+            failures, result = error, error.result
+        line = result_line(result)
         sys.stdout.flush()
+        if failures is not None:
+            print(f"error: {failures}", file=sys.stderr, flush=True)
         stdout.write(line + "\n")
         stdout.flush()
-        return 0
+        return 0 if failures is None else FAILURES_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return INTERRUPT_CODE

@@ -1,6 +1,9 @@
-"""The one error that a user is meant to read."""
+"""The errors that a user is meant to read."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 
 class UserError(Exception):
@@ -12,3 +15,11 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class TooManyFailures(Exception):
+    """A job that did what it could, with more failures than the config allows. It has a result and exit code 1."""
+
+    def __init__(self, message: str, result: Mapping[str, Any]) -> None:
+        super().__init__(" ".join(message.split()))
+        self.result = result

@@ -39,7 +39,7 @@ class Progress:
             self.thread.join(timeout=5)
 
     def _print(self, text: str) -> None:
-        self.console.print(f"{_clock(time.monotonic() - self.begin):>7}  {escape(text)}", soft_wrap=True)
+        self.console.print(f"{clock(time.monotonic() - self.begin):>7}  {escape(text)}", soft_wrap=True)
 
     def stage(self, name: str, resumed_from: int = 0) -> None:
         what = {
@@ -114,7 +114,7 @@ class Progress:
         if record.get("score_positive") is not None:
             negative = record.get("score_negative")
             parts.append(f"scores {record['score_positive']:.2f}/{'-' if negative is None else f'{negative:.2f}'}")
-        parts += [f"{rate:.0f} tokens/s", f"{_clock(left)} left"]
+        parts += [f"{rate:.0f} tokens/s", f"{clock(left)} left"]
         self._print(" · ".join(parts))
         window.clear()
 
@@ -156,7 +156,8 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """`1:05`, `2:01:05`."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

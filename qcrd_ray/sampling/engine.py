@@ -21,6 +21,7 @@ class SamplingParameters:
         top_p: 1 is no nucleus.
         max_tokens: generated tokens at most, the end token among them.
         stop: texts that end a generation; not part of its text.
+        logprobs: whether `Generation.mean_logprob` is wanted; where it is not, it is NaN.
     """
 
     temperature: float
@@ -28,6 +29,7 @@ class SamplingParameters:
     top_p: float = 1.0
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
+    logprobs: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Generation:
         token_ids: without the end token.
         mean_logprob: mean log-probability of its tokens in nats, raw (temperature 1, whole vocabulary) under the
             weights that made it. The end token is among them if `finish_reason` is "stop": it is minus the
-            cross-entropy that training computes for the same tokens. NaN for a generation without any token.
+            cross-entropy that training computes for the same tokens. NaN for a generation without any token, and where
+            it was not asked for.
         finish_reason: "stop" or "length".
     """
 
@@ -100,6 +103,7 @@ class EngineSpec:
         gpu_memory_utilization: share of a GPU that vLLM takes.
         gpu: whether the engine may use a GPU.
         threads: CPU threads; None is the library's own choice.
+        tensor_parallel: GPUs that vLLM spreads a model over.
         trust_remote_code: run Python code that ships with the model.
     """
 
@@ -112,6 +116,7 @@ class EngineSpec:
     gpu_memory_utilization: float = 0.85
     gpu: bool = False
     threads: int | None = None
+    tensor_parallel: int = 1
     trust_remote_code: bool = False
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from qcrd_ray.sampling.engine import EngineSpec, Generation, Request, SamplingParameters
 
+CPU_STEP_TOKENS = 4096
+
 
 class WeightSwap:
     """Mixed into vLLM's worker: takes the weights of a folder, what was derived from the old ones included."""
@@ -45,12 +47,18 @@ class VllmEngine:
             torch.set_num_threads(spec.threads or os.cpu_count() or 1)
         from vllm import LLM
 
-        settings: dict[str, Any] = {"gpu_memory_utilization": spec.gpu_memory_utilization} if spec.gpu else {}
+        length = _model_length(spec)
+        settings: dict[str, Any] = {"gpu_memory_utilization": spec.gpu_memory_utilization}
+        if not spec.gpu:
+            # Where a prefill is cut, vLLM sets the generator of a seeded request back, which a CPU's cannot do: the
+            # whole engine fails.
+            settings = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(length, CPU_STEP_TOKENS)}
         self.llm = LLM(
             model=spec.model,
             dtype="bfloat16" if spec.precision == "bf16" else "float32",
-            max_model_len=_model_length(spec),
+            max_model_len=length,
             max_num_seqs=spec.max_sequences,
+            tensor_parallel_size=spec.tensor_parallel,
             enable_prefix_caching=True,
             enforce_eager=not spec.gpu,
             trust_remote_code=spec.trust_remote_code,
@@ -73,9 +81,30 @@ class VllmEngine:
         )
         return [[self._generation(one) for one in output.outputs] for output in outputs]
 
+    @property
+    def context(self) -> int:
+        """Tokens of a prompt and its continuation at most."""
+        return int(self.llm.model_config.max_model_len)
+
+    def add(self, name: str, request: Request) -> None:
+        """Take in a request beside those at work; `step` gives its generations once all of them have ended."""
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = _parameters(request)
+        parameters.output_kind = RequestOutputKind.FINAL_ONLY
+        (prompt,) = self.llm.llm_engine.renderer.render_cmpl([{"prompt_token_ids": list(request.prompt)}])
+        self.llm.llm_engine.add_request(name, prompt, parameters)
+
+    def step(self) -> list[tuple[str, list[Generation]]]:
+        """Generate one token of every sequence at work. Returns the requests that have ended, by name."""
+        outputs = self.llm.llm_engine.step()
+        return [(o.request_id, [self._generation(one) for one in o.outputs]) for o in outputs if o.finished]
+
     def _generation(self, output: Any) -> Generation:
         ids = list(output.token_ids)
-        values = [position[token].logprob for token, position in zip(ids, output.logprobs, strict=True)]
+        values: list[float] = []
+        if output.logprobs:
+            values = [position[token].logprob for token, position in zip(ids, output.logprobs, strict=True)]
         if ids and ids[-1] == self.end and output.finish_reason == "stop":
             ids = ids[:-1]
         mean = sum(values) / len(values) if values else math.nan
@@ -133,6 +162,6 @@ def _parameters(request: Request) -> Any:
         seed=request.seed,
         max_tokens=asked.max_tokens,
         stop=list(asked.stop) or None,
-        logprobs=0,
+        logprobs=0 if asked.logprobs else None,
         skip_special_tokens=True,
     )

@@ -27,12 +27,14 @@ from qcrd_ray.rationales.counts import Counts
 from qcrd_ray.rationales.sources import splits_available
 from qcrd_ray.rationales.streaming import DATA_CPUS
 from qcrd_ray.rationales.tables import open_rationale_table
+from qcrd_ray.ray_session import await_resources, cluster_state, ray_session
 from qcrd_ray.reporting.progress import Progress as ProgressDisplay
+from qcrd_ray.reporting.sampling import SamplingDisplay
 from qcrd_ray.run_folder import RunFolder, atomic_folder, write_text_atomic
 from qcrd_ray.sampling.lagged_student import Sampler, SamplingService
 from qcrd_ray.sampling.schedule import FIXED, Schedule
 from qcrd_ray.sampling.student_engine import engine_spec, is_seq2seq
-from qcrd_ray.sampling.teacher import make_teacher, prepare_tables
+from qcrd_ray.sampling.teacher import check_teacher, failures_message, prepare_tables, teacher_cpus
 from qcrd_ray.training.checkpoint import read_progress
 from qcrd_ray.training.engine import read_deepspeed_json
 from qcrd_ray.training.loop import WorkerSpec, train_worker
@@ -57,7 +59,10 @@ def train(config: ExperimentConfig) -> dict[str, Any]:
     begin = time.perf_counter()
     with _ray(config), ProgressDisplay(run, config) as display:
         display.stage("tables")
-        counts = prepare_tables(config, run.data)
+        prepared = prepare_tables(config, run.data, progress is not None, SamplingDisplay(config).show)
+        if prepared.outcome is not None and (failed := failures_message(config, prepared.outcome)) is not None:
+            raise UserError(failed)
+        counts = prepared.counts
         write_text_atomic(run.config, config_to_yaml(config))
         display.counts(counts)
         model = student_source(config, run)
@@ -104,7 +109,7 @@ def _check(config: ExperimentConfig) -> None:
         raise UserError("config key sampler.engine: vllm runs no encoder-decoder student; set it to transformers")
     if engine_spec(config, model).engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError("config key sampler.engine: vllm is not installed; run make setup, or set it to transformers")
-    make_teacher(config)
+    check_teacher(config)
     if not {"valid", "test"} & set(splits_available(config)):
         raise UserError(
             f"config key data.path: {config.data.path} has no valid and no test split; accuracy is reported on one"
@@ -136,33 +141,9 @@ def _open_run(config: ExperimentConfig, run: RunFolder) -> dict[str, Any] | None
 
 @contextmanager
 def _ray(config: ExperimentConfig) -> Iterator[None]:
-    """Join the cluster that RAY_ADDRESS names (a submitted job has it), or start one on this machine."""
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.run.placement_timeout_s))
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # A trainer and a sampler share a laptop's cores: a thread that waits must sleep, not spin.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for name in ("ray.data", "ray.train", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    if ray.is_initialized():
+    with ray_session(max(sum(_cpus(config)) + DATA_CPUS, teacher_cpus(config)), config.run.verbose):
         yield
-        return
-    settings: dict[str, Any] = {"log_to_driver": config.run.verbose, "logging_level": logging.WARNING}
-    try:
-        if "RAY_ADDRESS" in os.environ:
-            ray.init(**settings)
-        else:
-            needed = sum(_cpus(config)) + DATA_CPUS
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, int(-(-needed // 1))),
-                include_dashboard=False,
-                **settings,
-            )
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _cpus(config: ExperimentConfig) -> tuple[float, float]:
@@ -210,25 +191,16 @@ def _await_resources(config: ExperimentConfig) -> None:
         "CPU": workers + samplers + DATA_CPUS,
         "GPU": config.train.workers * config.train.gpus_per_worker + config.sampler.actors * config.sampler.gpus,
     }
-    end = time.monotonic() + config.run.placement_timeout_s
-    while any(ray.cluster_resources().get(name, 0.0) < amount for name, amount in wanted.items()):
-        if time.monotonic() > end:
-            raise UserError(
-                f"not enough resources after {config.run.placement_timeout_s} s (run.placement_timeout_s): "
-                f"{describe_resources(config)}"
-            )
-        time.sleep(1.0)
+    await_resources(wanted, config.run.placement_timeout_s, lambda: describe_resources(config))
 
 
 def describe_resources(config: ExperimentConfig) -> str:
     """What the run asks for and what the cluster has, in one line."""
     train, sampler = config.train, config.sampler
-    total, free = ray.cluster_resources(), ray.available_resources()
     return (
         f"asked for {train.workers} workers of {train.cpus_per_worker:g} CPU and {train.gpus_per_worker:g} GPU, "
         f"{sampler.actors} samplers of {sampler.cpus:g} CPU and {sampler.gpus:g} GPU, and {DATA_CPUS:g} CPU for data; "
-        f"the cluster has {total.get('CPU', 0):g} CPU ({free.get('CPU', 0):g} free) and {total.get('GPU', 0):g} GPU "
-        f"({free.get('GPU', 0):g} free)"
+        f"{cluster_state()}"
     )
 
 
