@@ -48,6 +48,8 @@ class TrainCounts(_Record):
         samples_recorded: samples there were to choose from.
         parsed, unparsed: voted samples with and without an answer.
         too_long, empty: samples left out before the vote.
+        cut: samples whose rationale ran on into another question and was cut there.
+        near_duplicates: positives left out because they come near an earlier one (`data.near_duplicates`).
         orphans: samples of a flat table that belong to no question (0 where `data.limit` ended the reading).
         short_of_samples: questions with some samples, but fewer than `teacher.samples`.
         single_sample_accuracy: right samples over voted samples, unparsed ones counting as wrong.
@@ -66,6 +68,8 @@ class TrainCounts(_Record):
     unparsed: int
     too_long: int
     empty: int
+    cut: int
+    near_duplicates: int
     orphans: int
     short_of_samples: int
     single_sample_accuracy: float | None
@@ -90,11 +94,13 @@ class Counts(_Record):
 
     Attributes:
         fingerprint: a hash of all that determines the tables.
+        asked: the same without what a live teacher had answered by then.
         simulated: whether the samples are a simulated teacher's.
         reused: whether the tables were there already.
     """
 
     fingerprint: str
+    asked: str
     task: str
     teacher: str
     simulated: bool
@@ -139,19 +145,23 @@ class TrainTally:
         self._sums: dict[str, int] = {}
         self._agreement = 0.0
         self._histogram = np.zeros(10, dtype=np.int64)
+        self.orphans = 0
 
     @property
     def used(self) -> int:
         return self._sums.get("used", 0)
 
+    @property
+    def questions(self) -> int:
+        return self._sums.get("questions", 0)
+
     def add(self, batch: pa.Table, teachers: Iterable[str]) -> None:
         """Add a batch with the columns `id`, `reason` and those of `Tally`."""
         self._teachers.update(teachers)
-        reasons = batch["reason"].to_pylist()
-        for question_id, reason in zip(batch["id"].to_pylist(), reasons, strict=True):
-            if reason is not None:
-                self._drops.add(reason, question_id)
-        used = np.array([reason is None for reason in reasons], dtype=bool)
+        used = _nulls(batch, "reason")
+        dropped = batch.filter(pa.array(~used)).select(["id", "reason"])
+        for question_id, reason in zip(dropped["id"].to_pylist(), dropped["reason"].to_pylist(), strict=True):
+            self._drops.add(reason, question_id)
         voted, parsed, majority = (_ints(batch, name) for name in ("voted", "parsed", "majority"))
         right, has_gold = _ints(batch, "right"), ~_nulls(batch, "right")
         votes_gold = _ints(batch, "votes_gold")
@@ -165,7 +175,8 @@ class TrainTally:
             "parsed": parsed.sum(),
             "too_long": _ints(batch, "too_long").sum(),
             "empty": _ints(batch, "empty").sum(),
-            "orphans": _ints(batch, "orphans").sum(),
+            "cut": _ints(batch, "cut").sum(),
+            "near_duplicates": _ints(batch, "near_duplicates")[used].sum(),
             "short_of_samples": ((voted > 0) & (voted < self._wanted)).sum(),
             "asked": asked.sum(),
             "asked_samples": voted[asked].sum(),
@@ -203,11 +214,13 @@ class TrainTally:
                     "parsed",
                     "too_long",
                     "empty",
-                    "orphans",
+                    "cut",
+                    "near_duplicates",
                     "short_of_samples",
                     "wrongly_voted",
                 )
             },
+            orphans=self.orphans,
             dropped=self._drops.result(),
             teachers=tuple(sorted(self._teachers)),
             unparsed=total["samples"] - total["parsed"],

@@ -102,23 +102,6 @@ NEGATIVES = pa.schema(
 """One row for each (epoch, step, id, negative_index), from which its seed is hashed. `mean_logprob` is raw, at
 temperature 1, under the snapshot that made it."""
 
-_SAMPLE_FIELDS = [TEACHER_SAMPLES.field(name) for name in TEACHER_SAMPLES.names if name not in ("id", "sample_index")]
-
-QUESTIONS_WITH_SAMPLES = pa.schema(
-    [
-        *QUESTIONS,
-        pa.field("samples", pa.list_(pa.struct(_SAMPLE_FIELDS)), nullable=False),
-        pa.field("too_long", pa.int32(), nullable=False),
-        pa.field("empty", pa.int32(), nullable=False),
-        pa.field("orphans", pa.int32(), nullable=False),
-        pa.field("error", pa.string()),
-    ]
-)
-"""What a reader gives: questions, each with its samples in voting order. `too_long` and `empty` count samples that
-were left out, `orphans` (on the last row) those of a flat table that belong to no question. A row with `error` ends
-the stream: it stands where the reader met something that the user must mend, so that a consumer sees it in order and
-only if it gets there."""
-
 
 @dataclass(frozen=True)
 class Question:
@@ -133,7 +116,7 @@ class Question:
 
 @dataclass(frozen=True)
 class TeacherSample:
-    """A row of `teacher_samples` without its question's id; its place in a sequence is its `sample_index`."""
+    """A row of `teacher_samples` without its question's id; `sample_index` None: its place in the sequence."""
 
     rationale: str
     answer: str | None = None
@@ -144,6 +127,7 @@ class TeacherSample:
     finish_reason: str | None = None
     completion_tokens: int | None = None
     fingerprint: str | None = None
+    sample_index: int | None = None
 
 
 def check_table(schema: pa.Schema, expected: pa.Schema, name: str, columns: Sequence[str] | None = None) -> None:

@@ -69,11 +69,15 @@ def order_samples(samples: Sequence[TeacherSample], question_id: str, seed: int)
     only samples of one and the same text are told apart by a hash of all they say.
     """
 
-    def key(sample: TeacherSample) -> tuple[int, int]:
-        whole = stable_hash(seed, question_id, sample.rationale, sample.answer, sample.target, sample.teacher)
-        return stable_hash(seed, question_id, sample.rationale), whole
+    def by_text(sample: TeacherSample) -> int:
+        return stable_hash(seed, question_id, sample.rationale)
 
-    return sorted(samples, key=key)
+    def by_all(sample: TeacherSample) -> tuple[int, int]:
+        whole = stable_hash(seed, question_id, sample.rationale, sample.answer, sample.target, sample.teacher)
+        return by_text(sample), whole
+
+    texts = {sample.rationale for sample in samples}
+    return sorted(samples, key=by_text if len(texts) == len(samples) else by_all)
 
 
 def vote(
@@ -149,6 +153,7 @@ class Tally:
         majority: samples with the winning answer.
         agreement: of the vote, None without one.
         votes_gold: whether the winner is gold; None without a gold answer or without a vote.
+        near_duplicates: positives that were left out as too similar to an earlier one.
     """
 
     samples: int
@@ -157,6 +162,7 @@ class Tally:
     majority: int
     agreement: float | None
     votes_gold: bool | None
+    near_duplicates: int = 0
 
 
 def build_rationale_set(

@@ -1,10 +1,10 @@
 """Readers: questions and recorded teacher samples, from the files that people have.
 
-Whatever the layout, a reader gives `QUESTIONS_WITH_SAMPLES` batches in the order of the source and holds no more than
-one batch, one file of a Distilling-step-by-step teacher, and a hash of each id.
+`raw_chunks` cuts a source into chunks, in order and unparsed: that is quick, and one process does it, where the files
+are. `SplitReader` turns a chunk into questions and samples, wherever it is sent; chunks do not depend on each other.
 
 * A folder with train, valid and perhaps test as .jsonl or .parquet. Samples are nested in each question
-  (`teacher_samples`) or flat in `train.teacher_samples.jsonl|parquet`.
+  (`teacher_samples`) or flat in `train.teacher_samples.jsonl|parquet`, which goes through a `sample_index`.
 * A Distilling-step-by-step folder: `NAME_train.json`, `llm/train_CoT_0.json` and so on, raw outputs of PaLM.
 * `hub:NAME` or `hub:NAME:CONFIGURATION`, a data set for Hugging Face's `datasets`.
 * `generated:TASK`, questions that the task makes itself; they have no recorded samples.
@@ -12,49 +12,39 @@ one batch, one file of a Distilling-step-by-step teacher, and a hash of each id.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import difflib
 import hashlib
-import json
-import re
-import sqlite3
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 
 from qcrd_ray.config import ExperimentConfig
 from qcrd_ray.errors import UserError
-from qcrd_ray.rationales.schema import QUESTIONS_WITH_SAMPLES, Question, TeacherSample
+from qcrd_ray.rationales.columns import OTHER_TEACHER, RAW, TOO_LONG, WRONG, Columns, RecordedSample
+from qcrd_ray.rationales.raw_chunks import (
+    RawChunk,
+    chunk_rows,
+    file_chunks,
+    find_file,
+    hub_split,
+    hub_splits,
+    question_file,
+    raw_chunks,
+    source_name,
+    source_of,
+)
+from qcrd_ray.rationales.sample_index import PartWriter, SampleIndex, merge
+from qcrd_ray.rationales.schema import Question, TeacherSample
 from qcrd_ray.rationales.self_consistency import order_samples
 from qcrd_ray.seeding import stable_hash
-from qcrd_ray.tasks import Task
+from qcrd_ray.tasks import Task, get_task
+from qcrd_ray.tasks.base import cut_run_on
 
 SPLITS = ("train", "valid", "test")
-BATCH_ROWS = 256
-UNNAMED_TEACHER = "unnamed"
-DSS_TEACHER = "palm540b"
-
-Row = Mapping[str, Any]
-Place = Callable[[], str]
-"""Where a row stands, for an error: made only when there is one."""
-
-_NLI_LABELS = ("entailment", "neutral", "contradiction")
-_QUESTION_COLUMNS = ("id", "question", "answer", "target", "choices", "teacher_samples")
-_SAMPLE_COLUMNS = ("id", "teacher", "rationale", "answer", "target")
-_COLUMN_KEYS = (*_QUESTION_COLUMNS, *(f"sample_{name}" for name in _SAMPLE_COLUMNS))
-_FOREIGN_COLUMNS = {
-    "id": ("id", "uid", "ID"),
-    "question": ("question", "input"),
-    "answer": ("answer", "label", "answerKey", "Answer"),
-    "target": ("target", "equation", "Equation"),
-    "choices": ("choices",),
-    "teacher_samples": ("teacher_samples",),
-}
 
 
 @dataclass(frozen=True)
@@ -64,600 +54,314 @@ class SourceRow:
     Attributes:
         too_long: samples left out because they exceed `data.max_rationale_chars`.
         empty: samples left out because no rationale stands in them.
+        cut: samples whose rationale ran on into another question and was cut.
         orphans: on the last row, samples of a flat table that belong to no question.
+        number: of its line or row.
+        teachers: all whose samples stand there, chosen or not.
+        error: what the user must mend of the row or after it; the last row of a chunk then.
     """
 
     question: Question
     samples: tuple[TeacherSample, ...] = ()
     too_long: int = 0
     empty: int = 0
+    cut: int = 0
     orphans: int = 0
+    number: int = field(default=0, compare=False)
+    teachers: frozenset[str] = frozenset()
+    error: str | None = None
 
 
 def splits_available(config: ExperimentConfig) -> tuple[str, ...]:
     """Which of train, valid and test the source has. Raises UserError for a source that is not there."""
-    kind, location = _source(config)
+    kind, location = source_of(config)
     if kind == "generated":
         return tuple(split for split in SPLITS if config.data.generated.get(split))
     if kind == "hub":
-        names = _hub_splits(location)
-        return tuple(split for split in SPLITS if _hub_split(names, split))
-    return tuple(split for split in SPLITS if _question_file(kind, Path(location), split) is not None)
+        names = hub_splits(location)
+        return tuple(split for split in SPLITS if hub_split(names, split))
+    return tuple(split for split in SPLITS if question_file(kind, Path(location), split) is not None)
 
 
-def read_split(config: ExperimentConfig, task: Task, split: str, samples: bool = True) -> Iterator[pa.RecordBatch]:
-    """`QUESTIONS_WITH_SAMPLES` batches of a split, in the order of the source.
+def flat_table(config: ExperimentConfig, split: str) -> Path | None:
+    """The flat table of a split's samples, None where there is none."""
+    kind, location = source_of(config)
+    return find_file(Path(location), f"{split}.teacher_samples") if kind == "folder" else None
+
+
+def sample_columns(config: ExperimentConfig) -> Columns:
+    """Which columns the source's samples have. Raises UserError for a wrong `data.columns`."""
+    return Columns(config, source_of(config)[0])
+
+
+@dataclass(frozen=True)
+class StoredLookup:
+    """A live teacher's stored samples: where they are found, and what they all have in common."""
+
+    index: SampleIndex
+    key: Callable[[Task, Question], int]
+    name: str
+    temperature: float
+    fingerprint: str
+
+
+class SplitReader:
+    """Turns the chunks of a split into questions with their samples. Sent to Ray's workers."""
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        split: str,
+        samples: bool = True,
+        index: SampleIndex | None = None,
+        stored: StoredLookup | None = None,
+    ) -> None:
+        """
+        Args:
+            samples: False leaves the recorded samples out (held-out splits, live teachers).
+            index: of the split's flat table, where it has one.
+            stored: takes a live teacher's samples in the place of recorded ones.
+        """
+        self._config, self._split = config, split
+        self._samples, self._index, self._stored = samples and stored is None, index, stored
+        self._generated = source_of(config)[0] == "generated"
+        self._columns = sample_columns(config)
+        self._task = get_task(config)
+
+    def rows(self, chunk: RawChunk) -> list[SourceRow]:
+        """The rows of a chunk; after one with `error` there is none."""
+        rows, nested, error = self._questions(chunk)
+        if self._stored is not None:
+            key = self._stored.key
+            found = self._stored.index.find([key(self._task, row.question) for row in rows])
+            rows = [self._with_stored(row, samples) for row, samples in zip(rows, found, strict=True)]
+        elif self._samples:
+            if self._index is not None:
+                nested = self._index.find([stable_hash(row.question.id) for row in rows])
+            rows = self._with_samples(rows, nested)
+        if error is not None and not (rows and rows[-1].error):
+            rows.append(SourceRow(Question("", ""), error=error))
+        return rows
+
+    def _questions(self, chunk: RawChunk) -> tuple[list[SourceRow], list[list[RecordedSample]], str | None]:
+        """Questions, the samples nested in them, and the error that ends them."""
+        rows: list[SourceRow] = []
+        nested: list[list[RecordedSample]] = []
+        take_nested = self._samples and self._index is None
+        try:
+            for index, (number, place, row) in enumerate(chunk_rows(chunk), start=chunk.first):
+                if self._generated:
+                    rows.append(SourceRow(Question(**row), number=number))
+                    nested.append([])
+                    continue
+                question = self._columns.question(row, place, index, self._split)
+                rows.append(SourceRow(question, number=number))
+                try:
+                    samples = self._columns.samples(row, place) if take_nested else ()
+                    nested.append([self._columns.sample(sample, where) for where, sample in samples])
+                except UserError as error:  # of this question, whose id may stand twice, which is said first
+                    rows[-1] = SourceRow(question, number=number, error=str(error))
+                    nested.append([])
+                    return rows, nested, str(error)
+        except UserError as error:
+            return rows, nested, str(error)
+        return rows, nested, None
+
+    def _with_samples(self, rows: list[SourceRow], recorded: Sequence[list[RecordedSample]]) -> list[SourceRow]:
+        result: list[SourceRow] = []
+        for row, samples in zip(rows, recorded, strict=True):
+            if row.error is None:
+                row = self._with_recorded(row, samples)
+            result.append(row)
+            if row.error is not None:
+                break
+        return result
+
+    def _with_recorded(self, row: SourceRow, recorded: list[RecordedSample]) -> SourceRow:
+        wrong = next((sample.text for sample in recorded if sample.state == WRONG), None)
+        if wrong is not None:
+            return dataclasses.replace(row, error=wrong)
+        taken = [sample for sample in recorded if sample.state != OTHER_TEACHER]
+        samples, too_long, empty, cut = read_samples(taken, self._task, row.question)
+        ordered = order_samples(samples, row.question.id, self._config.teacher.seed)
+        teachers = frozenset(sample.teacher for sample in recorded if sample.teacher is not None)
+        return SourceRow(row.question, tuple(ordered), too_long, empty, cut, number=row.number, teachers=teachers)
+
+    def _with_stored(self, row: SourceRow, recorded: list[RecordedSample]) -> SourceRow:
+        assert self._stored is not None
+        first: dict[int | None, RecordedSample] = {}
+        for sample in recorded:
+            first.setdefault(sample.sample_index, sample)
+        taken = [
+            first[index]._replace(
+                teacher=self._stored.name,
+                temperature=self._stored.temperature,
+                fingerprint=self._stored.fingerprint,
+            )
+            for index in sorted(first, key=lambda index: index or 0)
+        ]
+        samples, too_long, empty, cut = read_samples(taken, self._task, row.question)
+        return dataclasses.replace(row, samples=tuple(samples), too_long=too_long, empty=empty, cut=cut)
+
+
+def read_samples(
+    recorded: Sequence[RecordedSample], task: Task, question: Question
+) -> tuple[list[TeacherSample], int, int, int]:
+    """(samples, too long, empty, cut): raw outputs are parsed, and what runs on into another question is cut."""
+    samples: list[TeacherSample] = []
+    too_long = empty = cut = 0
+    for sample in recorded:
+        if sample.state == TOO_LONG or sample.text is None:
+            too_long += 1
+            continue
+        whole = sample.text.strip()
+        rationale, answer, target = cut_run_on(whole), sample.answer, sample.target
+        cut += len(rationale) < len(whole)
+        if sample.state == RAW:
+            parsed = task.parse_teacher_output(rationale, question.choices)
+            rationale, answer, target = parsed.rationale.strip(), parsed.answer, parsed.target
+        if not rationale:
+            empty += 1
+            continue
+        samples.append(TeacherSample(rationale, answer, target, *sample[4:]))
+    return samples, too_long, empty, cut
+
+
+def read_rows(config: ExperimentConfig, task: Task, split: str, samples: bool = True) -> Iterator[SourceRow]:
+    """The rows of a split, one by one, in the order of the source, read in this process.
 
     Args:
         samples: False leaves the recorded samples out (held-out splits, live teachers).
 
     Raises:
-        UserError: as the batches are drawn, at the first thing that the user must mend.
+        UserError: as the rows are drawn, at the first thing that the user must mend.
     """
-    rows: list[dict[str, Any]] = []
-    try:
-        for row in read_rows(config, task, split, samples):
-            rows.append(_arrow_row(row))
-            if len(rows) == BATCH_ROWS:
-                yield pa.RecordBatch.from_pylist(rows, schema=QUESTIONS_WITH_SAMPLES)
-                rows = []
-    except UserError:
-        if rows:
-            yield pa.RecordBatch.from_pylist(rows, schema=QUESTIONS_WITH_SAMPLES)
-        raise
-    if rows:
-        yield pa.RecordBatch.from_pylist(rows, schema=QUESTIONS_WITH_SAMPLES)
-
-
-def read_split_with_error_row(
-    config: ExperimentConfig, task: Task, split: str, samples: bool = True
-) -> Iterator[pa.RecordBatch]:
-    """As `read_split`, but what the user must mend comes as a last row with `error`.
-
-    A pipeline that reads ahead would raise an error of row 5000 sooner or later than its consumer sees row 10; in the
-    stream, it is met in order.
-    """
-    try:
-        yield from read_split(config, task, split, samples)
-    except UserError as error:
-        row = _arrow_row(SourceRow(Question("", "")), str(error))
-        yield pa.RecordBatch.from_pylist([row], schema=QUESTIONS_WITH_SAMPLES)
-
-
-def read_rows(config: ExperimentConfig, task: Task, split: str, samples: bool = True) -> Iterator[SourceRow]:
-    """The rows of a split, one by one; see `read_split`."""
-    kind, location = _source(config)
-    if kind == "generated":
-        yield from _generated_rows(config, task, split, location)
-        return
-    columns = _Columns(config, kind)
-    seen: dict[int, int] = {}
+    seen = SeenIds()
     known_teachers: set[str] = set()
     last: SourceRow | None = None
-    name = str(_question_file(kind, Path(location), split) or location) if kind != "hub" else config.data.path
-    with _FlatSamples(config, columns, kind, Path(location), split if samples else None) as flat:
-        for index, (place, row) in enumerate(_raw_rows(config, kind, location, split)):
-            question = columns.question(row, place, index, split)
-            identity = stable_hash(question.id)
-            if identity in seen:
-                first = _place_of(kind, name, seen[identity])
-                raise UserError(f"{place()}: id {question.id!r} stands twice, first at {first}")
-            seen[identity] = _number_of(place)
-            if not samples:
-                yield SourceRow(question)
-                continue
-            if last is not None:
-                yield last
-            recorded = flat.of(question.id) if flat.path else columns.samples(row, place)
-            last = _with_samples(config, task, columns, question, recorded, known_teachers)
-            if flat.path is None:
-                yield last
-                last = None
-        if last is not None:
-            yield dataclasses.replace(last, orphans=flat.orphans(seen))
-    if not seen:
-        raise UserError(f"{name}: the split {split!r} is empty")
-    unknown = sorted(set(config.data.teachers or ()) - known_teachers) if samples else []
+    with _flat_index(config, split if samples else None) as index:
+        reader = SplitReader(config, split, samples, index)
+        for chunk in raw_chunks(config, split):
+            rows = reader.rows(chunk)
+            end, error = first_fault(config, split, seen, rows)
+            for row in rows[:end]:
+                known_teachers |= row.teachers
+                if last is not None:
+                    yield last
+                last = row
+            if error is not None:
+                if last is not None:
+                    yield last
+                raise UserError(error)
+        if last is None:
+            raise UserError(empty_split(config, split))
+        yield dataclasses.replace(last, orphans=index.count_others(seen.sorted()) if index is not None else 0)
+    if samples:
+        check_teachers(config, known_teachers)
+
+
+def first_fault(
+    config: ExperimentConfig, split: str, seen: SeenIds, rows: Sequence[SourceRow]
+) -> tuple[int, str | None]:
+    """(rows that are good, what is wrong with the next): its id stands twice, or it says an error itself."""
+    end = next((i for i, row in enumerate(rows) if row.error is not None), len(rows))
+    error = rows[end].error if end < len(rows) else None
+    named = [row for row in rows[: end + 1] if row.question.id]
+    twice = seen.add(identities(row.question.id for row in named), np.array([row.number for row in named], np.int64))
+    if twice is not None:
+        place, first = twice
+        return place, stands_twice(config, split, named[place].question.id, named[place].number, first)
+    return end, error
+
+
+def identities(ids: Iterator[str]) -> np.ndarray:
+    return np.fromiter((stable_hash(identity) for identity in ids), np.int64)
+
+
+def stands_twice(config: ExperimentConfig, split: str, question_id: str, number: int, first: int) -> str:
+    """The error of an id that two rows have, by their numbers."""
+    name, unit = source_name(config, split), "row"
+    kind, _ = source_of(config)
+    if kind == "hub":
+        name = f"{config.data.path} {hub_split(hub_splits(source_of(config)[1]), split)}"
+    elif kind == "dss" or name.endswith(".jsonl"):
+        unit = "line"
+    place = f"{name}:{number}" if unit == "line" else f"{name} row {number}"
+    return f"{place}: id {question_id!r} stands twice, first at {unit} {first}"
+
+
+def empty_split(config: ExperimentConfig, split: str) -> str:
+    return f"{source_name(config, split)}: the split {split!r} is empty"
+
+
+def check_teachers(config: ExperimentConfig, known: set[str]) -> None:
+    """Raises UserError where `data.teachers` names one that has no samples."""
+    unknown = sorted(set(config.data.teachers or ()) - known)
     if unknown:
-        there = ", ".join(sorted(known_teachers)) or "none: no question has teacher samples"
+        there = ", ".join(sorted(known)) or "none: no question has teacher samples"
         raise UserError(f"config key data.teachers: no samples of {', '.join(map(repr, unknown))}; known: {there}")
 
 
-def check_teachers(config: ExperimentConfig, task: Task, split: str) -> None:
-    """Read a split to its end for the names of its teachers. Raises UserError for an unknown `data.teachers`."""
-    for _ in read_rows(config, task, split):
-        pass
+class SeenIds:
+    """Which (hashed) ids have been met, and where: 16 bytes an id, in sorted runs that double in size."""
+
+    def __init__(self) -> None:
+        self._runs: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, identities: np.ndarray, numbers: np.ndarray) -> tuple[int, int] | None:
+        """Add ids with the numbers of their rows; (place among them, number of the first) of the first met before."""
+        order = np.argsort(identities, kind="stable")
+        keys, numbers_sorted = identities[order], numbers[order]
+        again = np.flatnonzero(keys[1:] == keys[:-1]) + 1
+        found = [(int(order[i]), int(numbers_sorted[i - 1])) for i in again]
+        for run_keys, run_numbers in self._runs:
+            near = np.minimum(np.searchsorted(run_keys, keys), len(run_keys) - 1)
+            found += [(int(order[i]), int(run_numbers[near[i]])) for i in np.flatnonzero(run_keys[near] == keys)]
+        if found:
+            return min(found)
+        if not len(keys):
+            return None
+        while self._runs and len(self._runs[-1][0]) <= len(keys):
+            run_keys, run_numbers = self._runs.pop()
+            keys, numbers_sorted = np.concatenate([run_keys, keys]), np.concatenate([run_numbers, numbers_sorted])
+            order = np.argsort(keys, kind="stable")
+            keys, numbers_sorted = keys[order], numbers_sorted[order]
+        self._runs.append((keys, numbers_sorted))
+        return None
+
+    def sorted(self) -> np.ndarray:
+        """All ids, [n] int64."""
+        return np.sort(np.concatenate([keys for keys, _ in self._runs] or [np.empty(0, np.int64)]))
+
+
+@contextlib.contextmanager
+def _flat_index(config: ExperimentConfig, split: str | None) -> Iterator[SampleIndex | None]:
+    """The index of a split's flat table, made here and gone at the end; None where there is no such table."""
+    table = flat_table(config, split) if split else None
+    if table is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="qcrd-samples-") as folder:
+        columns = sample_columns(config)
+        writer = PartWriter(Path(folder))
+        for chunk in file_chunks(table):
+            error = writer.write_chunk(chunk, columns)
+            if error is not None:
+                raise UserError(error)
+        yield merge(Path(folder))
 
 
 def source_fingerprint(config: ExperimentConfig) -> str:
     """A hash of the content of all files that the source reads; of its name, where it reads none."""
-    kind, location = _source(config)
+    kind, location = source_of(config)
     digest = hashlib.sha256(f"{kind}:{location}".encode() if kind in ("hub", "generated") else kind.encode())
     if kind not in ("hub", "generated"):
         folder = Path(location)
-        files = [_question_file(kind, folder, split) for split in SPLITS]
-        files += [_find_file(folder, f"{split}.teacher_samples") for split in SPLITS]
+        files = [question_file(kind, folder, split) for split in SPLITS]
+        files += [find_file(folder, f"{split}.teacher_samples") for split in SPLITS]
         files += sorted(folder.glob("llm/*_CoT_*.json")) if kind == "dss" else []
         for path in files:
             if path is not None:
                 with path.open("rb") as file:
                     digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-# Where the source is.
-
-
-def _source(config: ExperimentConfig) -> tuple[str, str]:
-    """(kind, location): generated, hub, dss or folder."""
-    path = config.data.path
-    if not path:
-        raise UserError(
-            "config key data.path: not set; give a folder with train.jsonl and valid.jsonl (or .parquet), "
-            "hub:NAME or generated:chain_sum"
-        )
-    for kind in ("generated", "hub"):
-        if path.startswith(f"{kind}:"):
-            return kind, path.removeprefix(f"{kind}:")
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        siblings = [str(sibling) for sibling in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise UserError(f"config key data.path: {folder} not found{_nearest(str(folder), siblings)}")
-    if not folder.is_dir():
-        raise UserError(f"config key data.path: {folder} is a file; give the folder that holds it")
-    if _find_file(folder, "train") is None and any(folder.glob("*_train.json")):
-        return "dss", str(folder)
-    return "folder", str(folder)
-
-
-def _find_file(folder: Path, stem: str) -> Path | None:
-    found = [path for suffix in (".jsonl", ".parquet") if (path := folder / f"{stem}{suffix}").is_file()]
-    if len(found) > 1:
-        raise UserError(f"{folder}: both {found[0].name} and {found[1].name} are there; keep one")
-    return found[0] if found else None
-
-
-def _question_file(kind: str, folder: Path, split: str) -> Path | None:
-    if kind == "dss":
-        name = _dss_name(folder)
-        path = folder / f"{name}_{split}.json"
-        return path if path.is_file() else None
-    return _find_file(folder, split)
-
-
-def _dss_name(folder: Path) -> str:
-    names = sorted(path.name.removesuffix("_train.json") for path in folder.glob("*_train.json"))
-    if len(names) > 1:
-        raise UserError(f"{folder}: several data sets in one folder: {', '.join(names)}; keep one")
-    return names[0]
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, 1, 0.5)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-# Raw rows of each layout.
-
-
-def _raw_rows(config: ExperimentConfig, kind: str, location: str, split: str) -> Iterator[tuple[Place, Row]]:
-    if kind == "hub":
-        yield from _hub_rows(config, location, split)
-        return
-    folder = Path(location)
-    path = _question_file(kind, folder, split)
-    if path is None:
-        there = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-        near = _nearest(f"{split}.jsonl", there)
-        raise UserError(
-            f"{folder}: no {split}.jsonl or {split}.parquet{near or '; there are: ' + (', '.join(there) or 'no files')}"
-        )
-    if kind == "dss":
-        yield from _dss_rows(path, folder, split)
-    else:
-        yield from _file_rows(path)
-
-
-def _file_rows(path: Path) -> Iterator[tuple[Place, Row]]:
-    return _parquet_rows(path) if path.suffix == ".parquet" else _json_lines(path)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[Place, Row]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            place = _place(path, "line", number)
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError:
-                raise UserError(f"{place()}: no valid UTF-8") from None
-            except json.JSONDecodeError as error:
-                raise UserError(f"{place()}: no valid JSON: {error.msg} (column {error.colno})") from None
-            except RecursionError:
-                raise UserError(f"{place()}: no valid JSON: nested too deep") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{place()}: expected a JSON object, found {type(row).__name__}")
-            yield place, row
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[Place, Row]]:
-    try:
-        with pq.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=BATCH_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield _place(path, "row", number), row
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: no valid Parquet: {error}") from None
-
-
-def _dss_rows(path: Path, folder: Path, split: str) -> Iterator[tuple[Place, Row]]:
-    outputs = _dss_outputs(folder, split)
-    for place, row in _json_lines(path):
-        output = next(outputs, None)
-        if output is None:
-            yield place, row
-        else:
-            yield place, {**row, "teacher_samples": [{"teacher": DSS_TEACHER, "rationale": output}]}
-    if next(outputs, None) is not None:
-        raise UserError(f"{folder}/llm: more outputs of the teacher for {split!r} than questions in {path.name}")
-
-
-def _dss_outputs(folder: Path, split: str) -> Iterator[str]:
-    numbered = re.compile(rf"{split}_CoT_(\d+)\.json")
-    found = {int(m[1]): p for p in folder.glob(f"llm/{split}_CoT_*.json") if (m := numbered.fullmatch(p.name))}
-    for expected, number in enumerate(sorted(found)):
-        if number != expected:
-            raise UserError(f"{folder}/llm: no {split}_CoT_{expected}.json, but {found[number].name} is there")
-        try:
-            outputs = json.loads(found[number].read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{found[number]}: no valid JSON: {error}") from None
-        if not isinstance(outputs, list) or not all(isinstance(output, str) for output in outputs):
-            raise UserError(f"{found[number]}: expected a JSON list of strings")
-        yield from outputs
-
-
-def _generated_rows(config: ExperimentConfig, task: Task, split: str, family: str) -> Iterator[SourceRow]:
-    generate = getattr(task, "generate_questions", None)
-    if generate is None or family != task.name:
-        raise UserError(f"config key data.path: generated:{family} does not go with task={task.name}")
-    count = config.data.generated.get(split)
-    if not count:
-        raise UserError(f"config key data.generated: no split {split!r}; there are: {', '.join(config.data.generated)}")
-    for question in generate(split, count, config.teacher.seed):
-        yield SourceRow(
-            Question(
-                id=question.id,
-                question=question.question,
-                answer=question.answer,
-                target=getattr(question, "target", None),
-                choices=getattr(question, "choices", None),
-            )
-        )
-
-
-def _hub_library() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("config key data.path: hub:… needs the package datasets: pip install 'qcrd_ray[hub]'") from None
-    return datasets
-
-
-def _hub_name(location: str) -> tuple[str, str | None]:
-    name, _, configuration = location.partition(":")
-    return name, configuration or None
-
-
-def _hub_splits(location: str) -> list[str]:
-    library = _hub_library()
-    name, configuration = _hub_name(location)
-    try:
-        return list(library.get_dataset_split_names(name, configuration))
-    except (OSError, ValueError, RuntimeError, LookupError, library.exceptions.DatasetsError) as error:
-        raise UserError(f"config key data.path: hub:{location} cannot be read: {error}") from None
-
-
-def _hub_split(names: list[str], split: str) -> str | None:
-    aliases = {"valid": ("valid", "validation", "dev")}.get(split, (split,))
-    return next((name for alias in aliases for name in (alias, f"{alias}_r1") if name in names), None)
-
-
-def _hub_rows(config: ExperimentConfig, location: str, split: str) -> Iterator[tuple[Place, Row]]:
-    names = _hub_splits(location)
-    theirs = _hub_split(names, split)
-    if theirs is None:
-        raise UserError(f"hub:{location}: no split {split!r}; there are: {', '.join(names)}")
-    library = _hub_library()
-    name, configuration = _hub_name(location)
-    try:
-        data = library.load_dataset(name, configuration, split=theirs)
-    except (OSError, ValueError, RuntimeError, LookupError, library.exceptions.DatasetsError) as error:
-        raise UserError(f"config key data.path: hub:{location} cannot be read: {error}") from None
-    words = {c: f.int2str for c, f in data.features.items() if type(f).__name__ == "ClassLabel"}
-    for number, row in enumerate(data, start=1):
-        named = {c: words[c](v) if c in words and isinstance(v, int) and v >= 0 else v for c, v in row.items()}
-        yield _place(f"hub:{location} {theirs}", "row", number), named
-
-
-def _place(path: Path | str, unit: str, number: int) -> Place:
-    def place() -> str:
-        return f"{path}:{number}" if unit == "line" else f"{path} row {number}"
-
-    place.number = number  # type: ignore[attr-defined]
-    return place
-
-
-def _number_of(place: Place) -> int:
-    return int(place.number)  # type: ignore[attr-defined]
-
-
-def _place_of(kind: str, name: str | None, number: int) -> str:
-    return f"line {number}" if kind == "dss" or str(name).endswith(".jsonl") else f"row {number}"
-
-
-# From raw rows to questions and samples.
-
-
-class _Columns:
-    """Which column of the source holds which of ours, and what type it must have."""
-
-    def __init__(self, config: ExperimentConfig, kind: str) -> None:
-        for key in config.data.columns:
-            if key not in _COLUMN_KEYS:
-                hint = _nearest(key, list(_COLUMN_KEYS)) or f"; known: {', '.join(_COLUMN_KEYS)}"
-                raise UserError(f"config key data.columns.{key}: no column of ours{hint}")
-        self._foreign = kind != "folder"
-        self._candidates: dict[str, tuple[str, ...]] = {}
-        for name in _QUESTION_COLUMNS:
-            own = _FOREIGN_COLUMNS[name] if self._foreign else (name,)
-            if config.task == "svamp" and name == "target" and not self._foreign:
-                own = ("target", "equation")
-            elif config.task == "svamp" and name == "target" and kind == "dss":
-                own = ("target", "equation", "label")
-            self._candidates[name] = (config.data.columns[name],) if name in config.data.columns else own
-        for name in _SAMPLE_COLUMNS:
-            key = f"sample_{name}"
-            own = ("target", "equation") if config.task == "svamp" and name == "target" else (name,)
-            self._candidates[key] = (config.data.columns[key],) if key in config.data.columns else own
-        self._mapped = config.data.columns
-        self._is_nli = config.task in ("anli1", "esnli")
-
-    def _column(self, row: Row, name: str) -> str | None:
-        return next((column for column in self._candidates[name] if column in row), None)
-
-    def _missing(self, row: Row, name: str, place: Place) -> UserError:
-        wanted = self._candidates[name][0]
-        there = ", ".join(map(str, row)) or "none"
-        ours = name.removeprefix("sample_")
-        hint = "" if name in self._mapped else f"; map it: data.columns={{{name}: YOURS}}"
-        return UserError(f"{place()}: no column {wanted!r} for {ours!r}; there are: {there}{hint}")
-
-    def question(self, row: Row, place: Place, index: int, split: str) -> Question:
-        column = self._column(row, "id")
-        if column is None and (not self._foreign or "id" in self._mapped):
-            raise self._missing(row, "id", place)
-        identity = _text(row[column], place, column, number=True) if column is not None else f"{split}-{index:06d}"
-        if not identity:
-            raise UserError(f"{place()}: column {column!r} is empty; every question needs an id")
-        choices, option_of = self._choices(row, place)
-        answer = self._answer(row, place)
-        return Question(
-            id=identity,
-            question=self._question_text(row, place),
-            answer=option_of.get(answer, answer) if answer is not None else None,
-            target=self._optional(row, place, "target"),
-            choices=choices,
-        )
-
-    def _question_text(self, row: Row, place: Place) -> str:
-        column = self._column(row, "question")
-        if column is not None:
-            text = _text(row[column], place, column)
-            if text is None or not text.strip():
-                raise UserError(f"{place()}: column {column!r} is empty; every row needs a question")
-            return text
-        pair = {"premise": "hypothesis", "Body": "Question"}
-        for first, second in pair.items():
-            if "question" not in self._mapped and first in row and second in row:
-                one, two = _text(row[first], place, first) or "", _text(row[second], place, second) or ""
-                return f"premise: {one}\nhypothesis: {two}" if first == "premise" else f"{one}\n{two}"
-        raise self._missing(row, "question", place)
-
-    def _answer(self, row: Row, place: Place) -> str | None:
-        column = self._column(row, "answer")
-        if column is None:
-            if self._column(row, "target") is None:
-                raise self._missing(row, "answer", place)
-            return None
-        value = row[column]
-        if self._is_nli and isinstance(value, int) and not isinstance(value, bool):
-            return _NLI_LABELS[value] if 0 <= value < len(_NLI_LABELS) else None
-        return _text(value, place, column, number=True)
-
-    def _optional(self, row: Row, place: Place, name: str) -> str | None:
-        column = self._column(row, name)
-        return None if column is None else _text(row[column], place, column, number=True)
-
-    def _choices(self, row: Row, place: Place) -> tuple[tuple[str, ...] | None, dict[str, str]]:
-        """The options, and where they come with letters of their own (`{label: [A, …], text: […]}`) the one of each."""
-        column = self._column(row, "choices")
-        value = row[column] if column is not None else None
-        labels: Any = []
-        if isinstance(value, Mapping) and "text" in value:
-            labels, value = value.get("label", []), value["text"]
-        if value is None:
-            return None, {}
-        if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
-            raise UserError(f"{place()}: column {column!r}: expected a list of strings, found {_kind(value)}")
-        choices = tuple(_text(choice, place, str(column)) for choice in value)
-        return choices, dict(zip(map(str, labels), choices, strict=False)) if isinstance(labels, list) else {}
-
-    def samples(self, row: Row, place: Place) -> list[tuple[Place, Row]]:
-        column = self._column(row, "teacher_samples")
-        value = row[column] if column is not None else None
-        if value is None:
-            return []
-        if not isinstance(value, list) or not all(isinstance(sample, Mapping) for sample in value):
-            raise UserError(f"{place()}: column {column!r}: expected a list of objects, found {_kind(value)}")
-        return [(lambda i=i: f"{place()} {column}[{i}]", sample) for i, sample in enumerate(value)]  # type: ignore[misc]
-
-    def sample_id(self, row: Row, place: Place) -> str:
-        column = self._column(row, "sample_id")
-        if column is None:
-            raise self._missing(row, "sample_id", place)
-        identity = _text(row[column], place, column, number=True)
-        return str(identity or "")
-
-    def teacher(self, row: Row, place: Place) -> str:
-        column = self._column(row, "sample_teacher")
-        return (_text(row[column], place, column) if column is not None else None) or UNNAMED_TEACHER
-
-    def sample(self, row: Row, place: Place, task: Task, question: Question, max_chars: int) -> TeacherSample | None:
-        """The sample, or None where it is longer than `max_chars`. One without an `answer` column is a raw output."""
-        column = self._column(row, "sample_rationale")
-        if column is None:
-            raise self._missing(row, "sample_rationale", place)
-        text = _text(row[column], place, column) or ""
-        if len(text) > max_chars:
-            return None
-        answer_column = self._column(row, "sample_answer")
-        if answer_column is None:
-            parsed = task.parse_teacher_output(text, question.choices)
-            rationale, answer, target = parsed.rationale, parsed.answer, parsed.target
-        else:
-            rationale = text
-            answer = _text(row[answer_column], place, answer_column, number=True)
-            target = self._optional(row, place, "sample_target")
-        return TeacherSample(
-            rationale=rationale.strip(),
-            answer=answer,
-            target=target,
-            teacher=self.teacher(row, place),
-            temperature=_number(row, "temperature", place, float),
-            seed=_number(row, "seed", place, int),
-            finish_reason=_text(row.get("finish_reason"), place, "finish_reason"),
-            completion_tokens=_number(row, "completion_tokens", place, int),
-            fingerprint=_text(row.get("fingerprint"), place, "fingerprint"),
-        )
-
-
-def _with_samples(
-    config: ExperimentConfig,
-    task: Task,
-    columns: _Columns,
-    question: Question,
-    recorded: list[tuple[Place, Row]],
-    known_teachers: set[str],
-) -> SourceRow:
-    wanted = config.data.teachers
-    samples: list[TeacherSample] = []
-    too_long = empty = 0
-    for place, row in recorded:
-        teacher = columns.teacher(row, place)
-        known_teachers.add(teacher)
-        if wanted is not None and teacher not in wanted:
-            continue
-        sample = columns.sample(row, place, task, question, config.data.max_rationale_chars)
-        if sample is None:
-            too_long += 1
-        elif not sample.rationale:
-            empty += 1
-        else:
-            samples.append(sample)
-    ordered = order_samples(samples, question.id, config.teacher.seed)
-    return SourceRow(question, tuple(ordered), too_long, empty)
-
-
-def _text(value: Any, place: Place, column: str, number: bool = False) -> Any:
-    """A text, None for null; a number becomes its text where that is allowed."""
-    if value is None:
-        return None
-    if number and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise UserError(f"{place()}: column {column!r}: expected a string, found {_kind(value)}")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(f"{place()}: column {column!r}: half of a surrogate pair, no valid Unicode") from None
-    return value
-
-
-def _number(row: Row, column: str, place: Place, kind: type[int | float]) -> Any:
-    value = row.get(column)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-        raise UserError(f"{place()}: column {column!r}: expected a number, found {_kind(value)}")
-    return kind(value)
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number", str: "text"}
-    name = names.get(type(value), type(value).__name__)
-    if isinstance(value, list):
-        inner = sorted({names.get(type(item), type(item).__name__) for item in value})
-        return f"{name} with {', '.join(inner)}" if inner else name
-    return name
-
-
-def _arrow_row(row: SourceRow, error: str | None = None) -> dict[str, Any]:
-    return {
-        **dataclasses.asdict(row.question),
-        "samples": [dataclasses.asdict(sample) for sample in row.samples],
-        "too_long": row.too_long,
-        "empty": row.empty,
-        "orphans": row.orphans,
-        "error": error,
-    }
-
-
-class _FlatSamples:
-    """Samples in a table of their own beside the questions, looked up by id.
-
-    The table may be in any order and larger than memory, so it goes through a temporary SQLite file.
-    """
-
-    def __init__(self, config: ExperimentConfig, columns: _Columns, kind: str, folder: Path, split: str | None) -> None:
-        self.path = _find_file(folder, f"{split}.teacher_samples") if kind == "folder" and split else None
-        self._columns = columns
-
-    def __enter__(self) -> Self:
-        if self.path is None:
-            return self
-        self._folder = tempfile.TemporaryDirectory(prefix="qcrd-samples-")
-        self._database = sqlite3.connect(str(Path(self._folder.name) / "samples.sqlite"))
-        self._database.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;")
-        self._database.execute("CREATE TABLE samples (identity INTEGER, number INTEGER, row TEXT)")
-        self._database.executemany("INSERT INTO samples VALUES (?, ?, ?)", self._rows(self.path))
-        self._database.execute("CREATE INDEX by_identity ON samples (identity, number)")
-        return self
-
-    def _rows(self, path: Path) -> Iterator[tuple[int, int, str]]:
-        for place, row in _file_rows(path):
-            identity = stable_hash(self._columns.sample_id(row, place))
-            yield identity, _number_of(place), json.dumps(row, default=str)
-
-    def of(self, question_id: str) -> list[tuple[Place, Row]]:
-        assert self.path is not None
-        unit = "row" if self.path.suffix == ".parquet" else "line"
-        query = "SELECT number, row FROM samples WHERE identity = ? ORDER BY number"
-        found = self._database.execute(query, (stable_hash(question_id),))
-        return [(_place(self.path, unit, number), json.loads(row)) for number, row in found]
-
-    def orphans(self, questions: Mapping[int, int]) -> int:
-        """Samples whose id is none of those questions' (hashed) ids."""
-        if self.path is None:
-            return 0
-        found = self._database.execute("SELECT identity, COUNT(*) FROM samples GROUP BY identity")
-        return sum(count for identity, count in found if identity not in questions)
-
-    def __exit__(self, *_: object) -> None:
-        if self.path is not None:
-            self._database.close()
-            self._folder.cleanup()

@@ -1,6 +1,8 @@
 """From a source to the tables that a student trains on, through Ray Data, in the order of the source.
 
-    reader ──blocks──▶ map_batches: sample (a live teacher), vote ──in order──▶ Parquet parts and one Arrow file
+    reader ──chunks──▶ map_batches: parse, sample (a scripted teacher), vote ──in order──▶ Parquet parts, one Arrow file
+                            ▲
+    flat or stored samples ─┴─ a sample_index in the same folder, made first, also by a Ray Data job
 
 The Parquet tables are for exchange; training reads `train.arrow`, an uncompressed Arrow file, by row through a memory
 map. All is written under a temporary name and renamed; `counts.json` comes last and says that the tables are complete.
@@ -15,11 +17,12 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -27,62 +30,79 @@ import pyarrow.parquet as pq
 import qcrd_ray.tasks
 from qcrd_ray.config import ExperimentConfig, config_to_yaml
 from qcrd_ray.errors import UserError
-from qcrd_ray.rationales.counts import (
-    Counts,
-    Drops,
-    HeldOutCounts,
-    TrainCounts,
-    TrainTally,
-    describe_drops,
-)
-from qcrd_ray.rationales.schema import (
-    HELD_OUT,
-    QUESTIONS_WITH_SAMPLES,
-    RATIONALE_SETS,
-    TEACHER_SAMPLES,
-    Question,
-    TeacherSample,
-)
-from qcrd_ray.rationales.self_consistency import RationaleSet, vote_and_tally
+from qcrd_ray.rationales.columns import Columns
+from qcrd_ray.rationales.counts import Counts, Drops, HeldOutCounts, TrainCounts, TrainTally, describe_drops
+from qcrd_ray.rationales.raw_chunks import CHUNKS, chunks_as_tables, chunks_of_table, file_chunks, raw_chunks
+from qcrd_ray.rationales.ray_data import stream_tables
+from qcrd_ray.rationales.sample_index import PartWriter, SampleIndex, StoredGroup, merge, stored_groups
+from qcrd_ray.rationales.schema import HELD_OUT, RATIONALE_SETS, TEACHER_SAMPLES, Question
 from qcrd_ray.rationales.sources import (
-    BATCH_ROWS,
+    SeenIds,
+    SplitReader,
+    StoredLookup,
     check_teachers,
+    empty_split,
+    flat_table,
     read_rows,
-    read_split_with_error_row,
+    sample_columns,
     source_fingerprint,
     splits_available,
+    stands_twice,
 )
+from qcrd_ray.rationales.table_files import (
+    ARROW_BATCH_ROWS,
+    ArrowFile,
+    ParquetParts,
+    open_rationale_table,
+    rows_at,
+)
+from qcrd_ray.rationales.voting import VOTED, InlineTeacher, VotingStage
 from qcrd_ray.tasks import Task, get_task
+
+__all__ = [
+    "InlineTeacher",
+    "StoredTeacher",
+    "Teacher",
+    "existing_tables",
+    "open_rationale_table",
+    "prepare_tables",
+    "rows_at",
+    "write_held_out",
+    "write_rationale_sets",
+]
 
 log = logging.getLogger(__name__)
 
 TRAIN = "train"
-ARROW_BATCH_ROWS = 1024
-PARQUET_PART_ROWS = 16_384
 RECORDED = "recorded"
-_BLOCK_BYTES = 4 << 20
-
-_COUNTED = ("recorded", "too_long", "empty", "orphans", "voted", "parsed", "majority", "right")
-_VOTED = pa.schema(
-    [
-        *(field.with_nullable(True) for field in RATIONALE_SETS),
-        QUESTIONS_WITH_SAMPLES.field("samples").with_nullable(True),
-        pa.field("error", pa.string()),
-        pa.field("reason", pa.string()),
-        *(pa.field(name, pa.int32()) for name in _COUNTED),
-    ]
-)
-"""What the voting stage gives: a row of `rationale_sets` or the reason why there is none, the samples, the counts."""
+_INDEX_BYTES = 8 << 20
+"""Bytes of a flat .jsonl table that become one part of its index."""
+_INDEXED_PART = pa.schema([pa.field("error", pa.string())])
 
 
-class Teacher(Protocol):
-    """A teacher that is asked as the tables are made. It is sent to Ray's workers."""
+@runtime_checkable
+class StoredTeacher(Protocol):
+    """A live teacher whose samples are kept in Parquet parts (`STORED_SAMPLES`), which Ray's workers can read."""
 
-    name: str
-    simulated: bool
-    fingerprint: str
+    @property
+    def name(self) -> str: ...
 
-    def sample(self, task: Task, question: Question) -> list[TeacherSample]: ...
+    @property
+    def simulated(self) -> bool: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def parts(self) -> tuple[Path, ...]: ...
+
+    @property
+    def temperature(self) -> float: ...
+
+    def key(self, task: Task, question: Question) -> int: ...
+
+
+Teacher = InlineTeacher | StoredTeacher
 
 
 def prepare_tables(config: ExperimentConfig, output: Path, teacher: Teacher | None = None) -> Counts:
@@ -92,7 +112,7 @@ def prepare_tables(config: ExperimentConfig, output: Path, teacher: Teacher | No
     and `test.arrow` (`HELD_OUT`) for the splits there are, `config.yaml`, `counts.json`.
 
     Args:
-        teacher: makes the samples; None takes the recorded ones.
+        teacher: makes the samples, or has made them; None takes the recorded ones.
 
     Raises:
         UserError: a source that cannot be read or of which nothing can be used. The folder is left as it was.
@@ -103,7 +123,7 @@ def prepare_tables(config: ExperimentConfig, output: Path, teacher: Teacher | No
         next(read_rows(config, task, TRAIN))  # raises, with what is there
         raise UserError(f"config key data.path: {config.data.path} has no training split")
     fingerprint = _fingerprint(config, teacher)
-    if (counts := _existing(output, fingerprint, splits)) is not None:
+    if (counts := _existing(output, splits)) is not None and counts.fingerprint == fingerprint:
         log.info("tables in %s are up to date, %d rationale sets are reused", output, counts.train.used)
         return counts.model_copy(update={"reused": True})
     if teacher is not None and teacher.simulated:
@@ -116,6 +136,7 @@ def prepare_tables(config: ExperimentConfig, output: Path, teacher: Teacher | No
         }
         counts = Counts(
             fingerprint=fingerprint,
+            asked=_asked(config, teacher),
             task=config.task,
             teacher=teacher.name if teacher is not None else RECORDED,
             simulated=teacher is not None and teacher.simulated,
@@ -129,41 +150,60 @@ def prepare_tables(config: ExperimentConfig, output: Path, teacher: Teacher | No
     return counts
 
 
+def existing_tables(config: ExperimentConfig, output: Path, teacher: Teacher | None = None) -> Counts | None:
+    """The counts of tables that are there and that this config and this teacher would ask for; None without them.
+
+    Whether a live teacher has been given more samples since does not matter here.
+    """
+    counts = _existing(output, splits_available(config))
+    if counts is None or counts.asked != _asked(config, teacher):
+        return None
+    return counts.model_copy(update={"reused": True})
+
+
 def write_rationale_sets(
     config: ExperimentConfig, task: Task, split: str, out_dir: Path, teacher: Teacher | None = None
 ) -> TrainCounts:
     """Vote over a split and write `teacher_samples/`, `rationale_sets/` and `<split>.arrow` into a folder.
 
-    Rows keep the order of the source. With `data.limit` the reading ends at the last question used.
+    Rows keep the order of the source. With `data.limit` the reading ends at the last question used; that of a teacher
+    that is asked at the last question asked, used or not.
     """
     tally = TrainTally(config.teacher.samples)
     limit = config.data.limit
+    wanted = set(config.data.teachers or ()) if teacher is None else set()
+    seen, known = SeenIds(), set[str]()
     reached = False
     with (
-        _ParquetParts(out_dir / "teacher_samples", TEACHER_SAMPLES) as samples,
-        _ParquetParts(out_dir / "rationale_sets", RATIONALE_SETS) as sets,
-        _ArrowFile(out_dir / f"{split}.arrow", RATIONALE_SETS) as arrow,
+        _index(config, split, out_dir, teacher) as index,
+        ParquetParts(out_dir / "teacher_samples", TEACHER_SAMPLES) as samples,
+        ParquetParts(out_dir / "rationale_sets", RATIONALE_SETS) as sets,
+        ArrowFile(out_dir / f"{split}.arrow", RATIONALE_SETS) as arrow,
     ):
-        for voted in _voted_blocks(config, split, teacher):
-            block = voted
-            errors = block["error"].drop_null().to_pylist()
-            if errors:
-                block = block.filter(block["error"].is_null())
-            if limit is not None:
-                block, reached = _first_used(block, limit - tally.used)
-            flat = _flat_samples(block)
-            tally.add(block, pc.unique(flat["teacher"]).drop_null().to_pylist())
-            samples.write(flat)
-            used = block.filter(block["reason"].is_null()).select(RATIONALE_SETS.names).cast(RATIONALE_SETS)
-            sets.write(used)
-            arrow.write(used)
-            if reached:
+        for voted in _voted_blocks(config, split, teacher, index):
+            block, error = _good_rows(config, split, seen, voted)
+            known.update(*block["teachers"].drop_null().to_pylist())
+            if not reached:
+                if limit is not None:
+                    asked = limit - (tally.used if teacher is None else tally.questions)
+                    block, reached = _first_used(block, asked) if teacher is None else _first(block, asked)
+                flat = _flat_samples(block)
+                tally.add(block, pc.unique(flat["teacher"]).drop_null().to_pylist())
+                samples.write(flat)
+                used = block.filter(block["reason"].is_null()).select(RATIONALE_SETS.names).cast(RATIONALE_SETS)
+                sets.write(used)
+                arrow.write(used)
+            if reached and not wanted - known:
                 break
-            if errors:
-                raise UserError(errors[0])
+            if error is not None:
+                raise UserError(error)
+        if not tally.questions:
+            raise UserError(empty_split(config, split))
+        if index is not None and teacher is None and not reached:
+            tally.orphans = index.count_others(seen.sorted())
+    if wanted:
+        check_teachers(config, known)
     counts = tally.result()
-    if reached and teacher is None and set(config.data.teachers or ()) - set(counts.teachers):
-        check_teachers(config, task, split)
     if not counts.used:
         raise UserError(
             f"no question of the split {split!r} in {config.data.path} can be used: {describe_drops(counts.dropped)}; "
@@ -176,7 +216,7 @@ def write_held_out(config: ExperimentConfig, task: Task, split: str, path: Path)
     """Write the questions of a held-out split as an Arrow file; those without a usable gold answer are counted."""
     drops = Drops()
     questions = used = 0
-    with _ArrowFile(path, HELD_OUT) as arrow:
+    with ArrowFile(path, HELD_OUT) as arrow:
         rows: list[dict[str, Any]] = []
         for source in read_rows(config, task, split, samples=False):
             if used == config.data.eval_limit:
@@ -191,7 +231,7 @@ def write_held_out(config: ExperimentConfig, task: Task, split: str, path: Path)
             label = task.default_target(gold, question.target)
             row = {"id": question.id, "question": question.question, "choices": question.choices}
             rows.append({**row, "answer": gold, "label": label})
-            if len(rows) == BATCH_ROWS:
+            if len(rows) == ARROW_BATCH_ROWS:
                 arrow.write(pa.Table.from_pylist(rows, schema=HELD_OUT))
                 rows = []
         if rows:
@@ -204,127 +244,99 @@ def write_held_out(config: ExperimentConfig, task: Task, split: str, path: Path)
     return counts
 
 
-def open_rationale_table(path: str | Path) -> pa.Table:
-    """A table of `prepare_tables`, memory-mapped: rows are read from the file as they are touched.
-
-    Raises:
-        UserError: a file that is missing or no Arrow file.
-    """
-    try:
-        with pa.memory_map(str(path)) as source:
-            return pa.ipc.open_file(source).read_all()
-    except FileNotFoundError:
-        raise UserError(f"table {path}: not found") from None
-    except pa.ArrowInvalid as error:
-        raise UserError(f"table {path}: no Arrow file: {error}") from None
-
-
-def rows_at(table: pa.Table, rows: Iterable[int]) -> list[dict[str, Any]]:
-    """Rows of a memory-mapped table by index. `Table.take` would read whole columns for the same."""
-    return [row for index in rows for row in table.slice(int(index), 1).to_pylist()]
-
-
 # The pipeline.
 
 
-def _voted_blocks(config: ExperimentConfig, split: str, teacher: Teacher | None) -> Iterator[pa.Table]:
-    import ray
-    from ray.data import DataContext
-
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    context = DataContext.get_current()
-    before = (
-        context.execution_options.preserve_order,
-        context.target_max_block_size,
-        context.enable_progress_bars,
-        context.print_on_execution_start,
-    )
-    # A data set copies the context as it is made: order is kept, and blocks are small enough to stream.
-    context.execution_options.preserve_order = True
-    context.target_max_block_size = _BLOCK_BYTES
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    try:
-        rows = ray.data.read_datasource(_datasource(config, split, teacher is None), num_cpus=0, override_num_blocks=1)
-        voted = rows.map_batches(
-            _vote_batch,
-            batch_format="pyarrow",
-            batch_size=BATCH_ROWS,
-            fn_kwargs={"config": config, "teacher": teacher},
-        )
-        for block in voted.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-            yield block.select(_VOTED.names).cast(_VOTED)
-    finally:
-        (
-            context.execution_options.preserve_order,
-            context.target_max_block_size,
-            context.enable_progress_bars,
-            context.print_on_execution_start,
-        ) = before
-
-
-def _datasource(config: ExperimentConfig, split: str, samples: bool) -> Any:
-    from ray.data.block import BlockMetadata
-    from ray.data.datasource import Datasource, ReadTask
-
-    def read() -> Iterable[pa.Table]:
-        task = get_task(config)
-        for batch in read_split_with_error_row(config, task, split, samples):
-            yield pa.Table.from_batches([batch])
-
-    class Questions(Datasource):
-        """One read task, on the driver's node, where the user's files are (a head node may have no CPU to give)."""
-
-        def estimate_inmemory_data_size(self) -> int | None:
-            return None
-
-        def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
-            metadata = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
-            return [ReadTask(read, metadata, schema=QUESTIONS_WITH_SAMPLES)]
-
-        @property
-        def supports_distributed_reads(self) -> bool:
-            return False
-
-    return Questions()
-
-
-def _vote_batch(batch: pa.Table, config: ExperimentConfig, teacher: Teacher | None) -> pa.Table:
-    task = get_task(config)
-    return pa.Table.from_pylist([_voted_row(row, task, config, teacher) for row in batch.to_pylist()], schema=_VOTED)
-
-
-def _voted_row(row: dict[str, Any], task: Task, config: ExperimentConfig, teacher: Teacher | None) -> dict[str, Any]:
-    if row["error"] is not None:
-        return {"error": row["error"]}
-    question = Question(
-        id=row["id"],
-        question=row["question"],
-        answer=row["answer"],
-        target=row["target"],
-        choices=tuple(row["choices"]) if row["choices"] is not None else None,
-    )
-    if teacher is None:
-        samples = [TeacherSample(**sample) for sample in row["samples"]]
+@contextlib.contextmanager
+def _index(
+    config: ExperimentConfig, split: str, out_dir: Path, teacher: Teacher | None
+) -> Iterator[SampleIndex | None]:
+    """The index of the samples that lie beside the questions, beside the tables until they are done."""
+    table = flat_table(config, split) if teacher is None else None
+    if table is None and not isinstance(teacher, StoredTeacher):
+        yield None
+        return
+    folder = (out_dir / "index").absolute()
+    folder.mkdir()
+    writer = PartWriter(folder)
+    if table is not None:
+        read = partial(_read_file, table)
+        transform = partial(_index_block, writer=writer, columns=sample_columns(config))
+        blocks = stream_tables([read], CHUNKS, transform, here=True)
     else:
-        samples = teacher.sample(task, question)
-    result, tally = vote_and_tally(question, samples, task, config)
-    voted = asdict(result) if isinstance(result, RationaleSet) else {"reason": result.reason}
-    return {
-        **voted,
-        "id": question.id,
-        "votes_gold": tally.votes_gold,
-        "samples": [asdict(sample) for sample in samples],
-        "recorded": len(samples),
-        "too_long": row["too_long"],
-        "empty": row["empty"],
-        "orphans": row["orphans"],
-        "voted": tally.samples,
-        "parsed": tally.parsed,
-        "majority": tally.majority,
-        "right": tally.right,
-    }
+        assert isinstance(teacher, StoredTeacher)
+        groups = stored_groups(teacher.parts)
+        limits = (config.teacher.samples, config.data.max_rationale_chars)
+        blocks = stream_tables([partial(_index_group, group, writer, *limits) for group in groups], _INDEXED_PART)
+    for block in blocks:
+        for error in block["error"].drop_null().to_pylist():
+            raise UserError(error)
+    index = merge(folder)
+    try:
+        yield index
+    finally:
+        index.remove()
+
+
+def _read_file(path: Path) -> Iterable[pa.Table]:
+    return chunks_as_tables(file_chunks(path, _INDEX_BYTES))
+
+
+def _index_block(block: pa.Table, writer: PartWriter, columns: Columns) -> pa.Table:
+    errors = [writer.write_chunk(chunk, columns) for chunk in chunks_of_table(block)]
+    return pa.table([pa.array(errors, pa.string())], schema=_INDEXED_PART)
+
+
+def _index_group(group: StoredGroup, writer: PartWriter, samples: int, max_chars: int) -> Iterable[pa.Table]:
+    error = None
+    try:
+        writer.write_stored(group, samples, max_chars)
+    except UserError as wrong:
+        error = str(wrong)
+    return [pa.table([pa.array([error], pa.string())], schema=_INDEXED_PART)]
+
+
+def _voted_blocks(
+    config: ExperimentConfig, split: str, teacher: Teacher | None, index: SampleIndex | None
+) -> Iterator[pa.Table]:
+    inline, stored = None, None
+    if isinstance(teacher, StoredTeacher):
+        assert index is not None
+        stored = StoredLookup(index, teacher.key, teacher.name, teacher.temperature, teacher.fingerprint)
+    else:
+        inline = teacher
+    reader = SplitReader(config, split, inline is None, index if stored is None else None, stored)
+    limit = config.data.limit if teacher is not None else None
+    read = partial(_read_split, config, split, limit)
+    return stream_tables([read], CHUNKS, VotingStage(config, reader, inline), here=True)
+
+
+def _read_split(config: ExperimentConfig, split: str, limit: int | None) -> Iterable[pa.Table]:
+    return chunks_as_tables(raw_chunks(config, split, limit))
+
+
+def _good_rows(config: ExperimentConfig, split: str, seen: SeenIds, voted: pa.Table) -> tuple[pa.Table, str | None]:
+    """The rows of a block up to the first that the user must mend, and what is wrong with that."""
+    block = voted.select(VOTED.names).cast(VOTED)
+    wrong = np.flatnonzero(block["error"].is_valid().to_numpy())
+    error: str | None = None
+    if len(wrong):
+        error = block["error"][int(wrong[0])].as_py()
+        block = block.slice(0, int(wrong[0]) + 1)
+    named = block.filter(block["identity"].is_valid())
+    if len(wrong):
+        block = block.slice(0, int(wrong[0]))
+    numbers = named["number"].to_numpy()
+    twice = seen.add(named["identity"].to_numpy(), numbers)
+    if twice is None:
+        return block, error
+    place, first = twice
+    return block.slice(0, place), stands_twice(config, split, named["id"][place].as_py(), int(numbers[place]), first)
+
+
+def _first(block: pa.Table, wanted: int) -> tuple[pa.Table, bool]:
+    """The block up to its `wanted`-th row, and whether that row is in it."""
+    return block.slice(0, wanted), block.num_rows >= wanted
 
 
 def _first_used(block: pa.Table, wanted: int) -> tuple[pa.Table, bool]:
@@ -338,15 +350,11 @@ def _first_used(block: pa.Table, wanted: int) -> tuple[pa.Table, bool]:
 
 
 def _flat_samples(block: pa.Table) -> pa.Table:
-    """Rows of `teacher_samples`; the place in a question's list is the `sample_index`."""
+    """Rows of `teacher_samples`."""
     tables = []
     for batch in block.select(["id", "samples"]).to_batches():
-        lists = batch["samples"]
-        parents = pc.list_parent_indices(lists)
-        lengths = pc.list_value_length(lists).fill_null(0).to_pylist()
-        index = pa.array([i for length in lengths for i in range(length)], pa.int32())
-        values = pc.list_flatten(lists)
-        columns = {"id": pc.take(batch["id"], parents), "sample_index": index}
+        values = pc.list_flatten(batch["samples"])
+        columns = {"id": pc.take(batch["id"], pc.list_parent_indices(batch["samples"]))}
         for field in values.type:
             columns[field.name] = pc.struct_field(values, field.name)
         tables.append(pa.table(columns).select(TEACHER_SAMPLES.names).cast(TEACHER_SAMPLES))
@@ -354,69 +362,6 @@ def _flat_samples(block: pa.Table) -> pa.Table:
 
 
 # Files.
-
-
-class _Chunks:
-    """Cuts a stream of tables into pieces of a fixed number of rows, so that files do not depend on block sizes."""
-
-    def __init__(self, rows: int, schema: pa.Schema, sink: Callable[[pa.Table], None]) -> None:
-        self._rows, self._sink = rows, sink
-        self._held = schema.empty_table()
-
-    def write(self, table: pa.Table) -> None:
-        self._held = pa.concat_tables([self._held, table])
-        while self._held.num_rows >= self._rows:
-            self._sink(self._held.slice(0, self._rows).combine_chunks())
-            self._held = self._held.slice(self._rows)
-
-    def flush(self) -> None:
-        if self._held.num_rows:
-            self._sink(self._held.combine_chunks())
-
-
-class _ParquetParts:
-    """Parquet files `part-00000.parquet` and so on; one at least, so that an empty table has its schema."""
-
-    def __init__(self, folder: Path, schema: pa.Schema) -> None:
-        folder.mkdir(parents=True)
-        self._folder, self._schema = folder, schema
-        self._parts = 0
-        self._chunks = _Chunks(PARQUET_PART_ROWS, schema, self._write_part)
-
-    def _write_part(self, table: pa.Table) -> None:
-        pq.write_table(table, self._folder / f"part-{self._parts:05d}.parquet")
-        self._parts += 1
-
-    def write(self, table: pa.Table) -> None:
-        self._chunks.write(table)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._chunks.flush()
-            if not self._parts:
-                self._write_part(self._schema.empty_table())
-
-
-class _ArrowFile:
-    """An uncompressed Arrow file in batches of a fixed number of rows."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._writer = pa.ipc.new_file(str(path), schema)
-        self._chunks = _Chunks(ARROW_BATCH_ROWS, schema, self._writer.write_table)
-
-    def write(self, table: pa.Table) -> None:
-        self._chunks.write(table)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._chunks.flush()
-        self._writer.close()
 
 
 @contextlib.contextmanager
@@ -465,22 +410,35 @@ def _publish(staging: Path, output: Path) -> None:
         os.replace(source, target)
 
 
-def _existing(output: Path, fingerprint: str, splits: tuple[str, ...]) -> Counts | None:
+def _existing(output: Path, splits: tuple[str, ...]) -> Counts | None:
+    """The counts of a folder whose tables are whole."""
     try:
         counts = Counts.model_validate_json((output / "counts.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = all((output / f"{split}.arrow").is_file() for split in splits)
-    return counts if whole and counts.fingerprint == fingerprint else None
+    return counts if all((output / f"{split}.arrow").is_file() for split in splits) else None
 
 
 def _fingerprint(config: ExperimentConfig, teacher: Teacher | None) -> str:
     """A hash of all that decides what is in the tables: config, input files, teacher, and the code of the way."""
+    parts: list[tuple[str, int, int]] = []
+    if isinstance(teacher, StoredTeacher):
+        for part in teacher.parts:
+            try:
+                parts.append((part.name, part.stat().st_size, pq.read_metadata(part).num_rows))
+            except (OSError, pa.ArrowException) as error:
+                raise UserError(f"{part}: no valid Parquet: {error}") from None
+    return hashlib.sha256(json.dumps([_asked(config, teacher), parts]).encode()).hexdigest()
+
+
+def _asked(config: ExperimentConfig, teacher: Teacher | None) -> str:
+    """The same without what a live teacher has answered by now."""
     decides = {
         "task": config.task,
         "custom": config.custom.model_dump(),
         "data": config.data.model_dump(exclude={"path"}),
-        "teacher": config.teacher.model_dump(),
+        # Of the teacher's other keys, those that decide its samples are in its own fingerprint.
+        "teacher": [config.teacher.samples, config.teacher.seed],
         "positives": config.positives,
         "labels": config.labels,
         "uses_rationales": config.uses_rationales,
@@ -489,8 +447,12 @@ def _fingerprint(config: ExperimentConfig, teacher: Teacher | None) -> str:
         "made_by": teacher.fingerprint if teacher is not None else RECORDED,
     }
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
-    here = Path(__file__).parent
-    code = [here / f"{name}.py" for name in ("counts", "schema", "self_consistency", "sources", "tables")]
-    for path in code + sorted(Path(str(qcrd_ray.tasks.__file__)).parent.glob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
+    code = sorted(Path(__file__).parent.glob("*.py")) + sorted(Path(str(qcrd_ray.tasks.__file__)).parent.glob("*.py"))
+    for path in code:
+        if path.name not in _NO_CONTENT:
+            digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+_NO_CONTENT = ("order.py", "streaming.py", "ray_data.py")
+"""Code that decides nothing of what is in the tables."""

@@ -12,8 +12,14 @@ from qcrd_ray.errors import UserError
 from qcrd_ray.rationales import tables
 from qcrd_ray.rationales.counts import Counts
 from qcrd_ray.rationales.schema import HELD_OUT, RATIONALE_SETS, TEACHER_SAMPLES, check_table
-from qcrd_ray.sampling.scripted import NAME, slip_probability
-from qcrd_ray.sampling.teacher import prepare_tables
+from qcrd_ray.sampling import teacher as live
+from qcrd_ray.sampling.scripted import NAME, ScriptedTeacher, slip_probability
+
+
+def prepare_tables(chosen: ExperimentConfig, output: Path) -> Counts:
+    return tables.prepare_tables(
+        chosen, output, ScriptedTeacher(chosen) if chosen.teacher.engine == "scripted" else None
+    )
 
 
 def source(folder: Path, answers: dict[str, list[str | None]], gold: str = "1") -> Path:
@@ -159,7 +165,7 @@ def test_scripted_teacher_needs_a_script(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="scripted"):
         prepare_tables(config(source(tmp_path / "in", ANSWERS), teacher={"engine": "scripted"}), tmp_path / "out")
     with pytest.raises(UserError, match=r"teacher\.engine=scripted"):
-        prepare_tables(config("generated:chain_sum", task="chain_sum"), tmp_path / "out")
+        live.prepare_tables(config("generated:chain_sum", task="chain_sum"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
