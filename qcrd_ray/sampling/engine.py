@@ -21,6 +21,7 @@ class SamplingParameters:
         top_p: 1 is no nucleus.
         max_tokens: generated tokens at most, the end token among them.
         stop: texts that end a generation; not part of its text.
+        ignore_end: go on to `max_tokens` past the end token; for measuring.
         logprobs: whether `Generation.mean_logprob` is wanted; where it is not, it is NaN.
     """
 
@@ -29,6 +30,7 @@ class SamplingParameters:
     top_p: float = 1.0
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
+    ignore_end: bool = False
     logprobs: bool = True
 
 

@@ -91,6 +91,7 @@ class LocalTeacher:
         try:
             engine = _start(self._spec)  # here, as the number of threads is a property of the thread
             self._context = engine.context
+            _warm_up(engine)
             self._ready.set()
             number = 0
             while True:
@@ -162,6 +163,13 @@ def _start(spec: EngineSpec) -> _SteppedEngine:
 
         return VllmEngine(spec)
     return _Batches(spec)
+
+
+def _warm_up(engine: _SteppedEngine) -> None:
+    """Generate once: what an engine compiles at its first step belongs to its start."""
+    engine.add("warm up", Request((0,), SamplingParameters(temperature=1.0, max_tokens=4, logprobs=False), n=2))
+    while not engine.step():
+        pass
 
 
 class _Batches:

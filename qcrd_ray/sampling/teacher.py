@@ -65,7 +65,7 @@ def check_teacher(config: ExperimentConfig) -> None:
     """
     engine = config.teacher.engine
     if engine in LIVE:
-        _Live(config)
+        LiveTeacher(config)
     elif engine == "scripted":
         ScriptedTeacher(config)
     elif config.data.path and config.data.path.startswith("generated:") and config.uses_rationales:
@@ -99,7 +99,7 @@ def prepare_tables(
     if config.teacher.engine not in LIVE or not config.uses_rationales:
         scripted = ScriptedTeacher(config) if config.teacher.engine == "scripted" else None
         return Prepared(tables.prepare_tables(config, output, scripted))
-    live = _Live(config)
+    live = LiveTeacher(config)
     store = Path(config.teacher.store).expanduser() if config.teacher.store else output / "samples"
     sample_set = SampleSet((store / live.fingerprint).absolute())
     if keep and (counts := tables.existing_tables(config, output, live.stored(sample_set))) is not None:
@@ -138,7 +138,7 @@ def _gave_up(outcome: Outcome) -> bool:
     return outcome.stopped is not None and outcome.stopped != "budget"
 
 
-class _Live:
+class LiveTeacher:
     """A live teacher: its prompt, what decides its samples, and how it starts."""
 
     def __init__(self, config: ExperimentConfig) -> None:
@@ -178,7 +178,7 @@ class _Live:
     def start(self, spent: float) -> Callable[[], TeacherEngine]:
         if self.config.teacher.engine == "openai":
             return functools.partial(_start_endpoint, self.config, self.builder.stop, spent)
-        return functools.partial(_start_local, self.config, sampling_parameters(self.config, self.builder.stop))
+        return functools.partial(start_local, self.config, sampling_parameters(self.config, self.builder.stop))
 
 
 def _start_endpoint(config: ExperimentConfig, stop: tuple[str, ...], spent: float) -> TeacherEngine:
@@ -187,7 +187,7 @@ def _start_endpoint(config: ExperimentConfig, stop: tuple[str, ...], spent: floa
     return OpenAiTeacher(config.teacher, stop, spent)
 
 
-def _start_local(config: ExperimentConfig, parameters: SamplingParameters) -> TeacherEngine:
+def start_local(config: ExperimentConfig, parameters: SamplingParameters) -> TeacherEngine:
     from qcrd_ray.sampling.local_teacher import LocalTeacher
 
     settings = config.teacher

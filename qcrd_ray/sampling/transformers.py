@@ -116,7 +116,7 @@ class TransformersEngine:
     def _append(self, sequence: _Sequence, token: int) -> None:
         if sequence.finish_reason:
             return
-        if token == self.end:
+        if token == self.end and not sequence.request.parameters.ignore_end:
             sequence.finish_reason = "stop"
             return
         sequence.ids.append(token)

@@ -162,6 +162,7 @@ def _parameters(request: Request) -> Any:
         seed=request.seed,
         max_tokens=asked.max_tokens,
         stop=list(asked.stop) or None,
+        ignore_eos=asked.ignore_end,
         logprobs=0 if asked.logprobs else None,
         skip_special_tokens=True,
     )

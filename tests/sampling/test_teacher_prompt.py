@@ -44,7 +44,8 @@ def test_own_template_and_shots(tmp_path: Path) -> None:
     shots.write_text(json.dumps({"question": "1+1?", "rationale": "Two.", "answer": "2"}) + "\n\n")
     file = tmp_path / "prompt.j2"
     file.write_text(
-        "{% for shot in shots %}{{ shot.question }} -> {{ shot.rationale }} The answer is {{ shot.answer }}.\n{% endfor %}"
+        "{% for shot in shots %}"
+        "{{ shot.question }} -> {{ shot.rationale }} The answer is {{ shot.answer }}.\n{% endfor %}"
         "{{ question }} [{{ choices | join(';') }}]"
     )
     for chat in (False, True):
