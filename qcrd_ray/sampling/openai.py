@@ -29,9 +29,11 @@ OPENAI_URL = "https://api.openai.com/v1"
 NO_KEY = "none"
 """Sent to servers of one's own, which want no key."""
 FIRST_BACKOFF_S = 1.0
+LONG_WAIT_S = 60.0
+"""Longer ones are announced."""
 LONGEST_RETRY_AFTER_S = 3600.0
-_PROMPT_OVERHEAD = 32
-"""Tokens that a chat template adds."""
+_TOKENS_OF_PROMPT, _TOKENS_OF_MESSAGE = 24, 8
+"""What a chat template adds at most, and for each message."""
 _ENDS = {"stop": "stop", "eos": "stop", "eos_token": "stop", "stop_sequence": "stop", "length": "length"}
 _RETRIED = (408, 409, 425, 429)
 _TOO_LONG = re.compile(
@@ -99,7 +101,7 @@ class OpenAiTeacher:
         self._changed = asyncio.Event()
         self._limit = RateLimit(self._endpoint.requests_per_minute, self._endpoint.tokens_per_minute)
         self._under_way: set[_Admission] = set()
-        self._seen_bytes, self._seen_tokens = 3.0, 1.0
+        self._tokens_per_byte = 0.0
         self._largest_n = 1
         self._refuses_n = self._endpoint.use_n == "never" or config.temperature == 0.0
         self._fatal: UserError | None = None
@@ -174,7 +176,7 @@ class OpenAiTeacher:
                 tokens = 0.0
             if failure.wait and failure.reason in ("rate limited", "http 503"):
                 self._limit.hold(failure.wait)
-                if failure.wait > self._endpoint.max_backoff_s:
+                if failure.wait > LONG_WAIT_S:
                     logger.warning("%s asks to wait %.0f s", _shown(self._url), failure.wait)
             if failure.maybe_n and self._n_is_new(len(run)):
                 self._refuses_n = True
@@ -188,8 +190,8 @@ class OpenAiTeacher:
             tally.completion_tokens += completion_tokens
             self.spent += self._cost(prompt_tokens, completion_tokens)
             if prompt_tokens:
-                self._seen_tokens += prompt_tokens
-                self._seen_bytes += _bytes(ask.prompt)
+                ratio = prompt_tokens / max(1, _bytes(ask.prompt))
+                self._tokens_per_byte = max(self._tokens_per_byte, ratio)
             self._limit.settle(admission.taken, tokens)
             self._under_way.discard(admission)
             self._changed.set()
@@ -201,10 +203,11 @@ class OpenAiTeacher:
     async def _admit(self, prompt: Prompt, n: int) -> _Admission | None:
         """Wait until a request may go. Returns None where it never may: stopped, or `n` choices are too many."""
         size = _bytes(prompt)
-        completion = n * self._config.max_tokens
-        tokens = size * self._seen_tokens / self._seen_bytes + completion
-        # No tokenizer makes more tokens of a text than it has bytes.
-        cost = self._cost(size + _PROMPT_OVERHEAD, completion)
+        # No tokenizer makes more tokens of a text than it has bytes; what this one makes is known after an answer.
+        most = size + _TOKENS_OF_PROMPT + _TOKENS_OF_MESSAGE * len(prompt.messages or ())
+        likely = min(most, size * self._tokens_per_byte) if self._tokens_per_byte else most
+        tokens = likely + n * self._config.max_tokens
+        cost = self._cost(most, n * self._config.max_tokens)
         async with self._gate:
             while True:
                 self._changed.clear()
