@@ -95,6 +95,10 @@ class Columns:
         self._layouts: dict[tuple[str, ...], dict[str, str]] = {}
 
     def _column(self, row: Row, name: str) -> str | None:
+        return self._layout(row).get(name)
+
+    def _layout(self, row: Row) -> dict[str, str]:
+        """Our columns to the row's."""
         columns = tuple(row)
         layout = self._layouts.get(columns)
         if layout is None:
@@ -102,7 +106,7 @@ class Columns:
             layout = {key: there[0] for key, there in found.items() if there}
             if len(self._layouts) < _LAYOUTS:
                 self._layouts[columns] = layout
-        return layout.get(name)
+        return layout
 
     def _missing(self, row: Row, name: str, place: Place) -> UserError:
         wanted = self._candidates[name][0]
@@ -189,22 +193,24 @@ class Columns:
 
     def sample(self, row: Row, place: Place) -> RecordedSample:
         """A sample's columns, checked. One without an `answer` column is a raw output."""
-        column = self._column(row, "sample_teacher")
+        layout = self._layout(row)
+        column = layout.get("sample_teacher")
         teacher = (_text(row[column], place, column) if column is not None else None) or UNNAMED_TEACHER
         if self._teachers is not None and teacher not in self._teachers:
             return _left_out(OTHER_TEACHER, teacher)
-        column = self._column(row, "sample_rationale")
+        column = layout.get("sample_rationale")
         if column is None:
             raise self._missing(row, "sample_rationale", place)
         text = _text(row[column], place, column) or ""
         if len(text) > self._max_chars:
             return _left_out(TOO_LONG, teacher)
         state, answer, target = RAW, None, None
-        column = self._column(row, "sample_answer")
+        column = layout.get("sample_answer")
         if column is not None:
             state = ANSWERED
             answer = _text(row[column], place, column, number=True)
-            target = self._optional(row, place, "sample_target")
+            column = layout.get("sample_target")
+            target = None if column is None else _text(row[column], place, column, number=True)
         return RecordedSample(
             state,
             text,

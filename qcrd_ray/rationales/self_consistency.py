@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qcrd_ray.config import ExperimentConfig
+from qcrd_ray.rationales.near_duplicates import without_near_duplicates
 from qcrd_ray.rationales.schema import Question, TeacherSample
 from qcrd_ray.seeding import stable_hash
 from qcrd_ray.tasks import Task
@@ -183,8 +184,12 @@ def vote_and_tally(
     samples = samples[: config.teacher.samples]
     choices = question.choices
 
+    forms: dict[str, str | None] = {}
+
     def canonical(text: str) -> str | None:
-        return task.canonical_answer(text, choices)
+        if text not in forms:
+            forms[text] = task.canonical_answer(text, choices)
+        return forms[text]
 
     result = vote(samples, lambda a, b: task.same_answer(a, b, choices), canonical)
     gold = question.answer if question.answer is not None else question.target
@@ -236,13 +241,17 @@ def vote_and_tally(
         assert sample0_label is not None
         label = sample0_label
     assert label is not None
+    distinct = positives
+    if config.data.near_duplicates is not None:
+        distinct = without_near_duplicates(positives, config.data.near_duplicates)
+        tally = replace(tally, near_duplicates=len(positives) - len(distinct))
     row = RationaleSet(
         id=question.id,
         question=question.question,
         choices=choices,
         answer=question.answer if question.answer is not None else question.target,
         label=label,
-        positives=positives[: config.data.max_positives],
+        positives=distinct[: config.data.max_positives],
         negatives=negatives,
         agreement=tally.agreement,
         votes_gold=votes_gold,

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 Choices = Sequence[str] | None
 
 MAX_ANSWER_CHARACTERS = 2000
-_RUN_ON = re.compile(r"\n\s*(?:Q|Question|Human|User)\s*:", re.IGNORECASE)
+_NEXT_TURN = re.compile(r"\**(?:Q|(?:Next |New )?Question(?: \d+)?|Human|User)\s*:(?=\s|\*|$)", re.IGNORECASE)
+_NEXT_FIELD = re.compile(
+    r"Answer Choices:|#{2,}\s*(?:(?:Q|Question|Problem|Human|User|Input|Instruction)(?: \d+)?\s*(?::|$)|$)"
+)
+_NEXT_PROBLEM = re.compile(r"\**(?:(?:Next |New )?(?:Problem|Exercise)(?: \d+)?|Example \d+)\s*:|Q$", re.IGNORECASE)
+_NEXT_PREMISE = re.compile(r"premise:\s")
+_INLINE_QUESTION = re.compile(r"(?<=[.!?)\]])\s+Q:\s")
+_CHAT_MARK = re.compile(r"<\|[a-z_]+\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>")
 _ANSWER = re.compile(
     r"(?:so\s+|therefore,?\s+|hence,?\s+)?the (?:final )?answer is:?\s*(?P<answer>[^\n]*)", re.IGNORECASE
 )
@@ -109,8 +116,34 @@ class Task:
 
 
 def cut_run_on(text: str) -> str:
-    """A teacher's output up to the next question, which a base model goes on to invent."""
-    return _RUN_ON.split(text, maxsplit=1)[0].strip()
+    """A teacher's output up to the next question or turn, which a base model goes on to invent.
+
+    Headings, steps and `Answer:` stay; so does all of a text that would be nothing without what runs on.
+    """
+    whole = text.strip()
+    ends = [len(whole)]
+    if "<" in whole or "[" in whole:
+        ends += [match.start() for match in _CHAT_MARK.finditer(whole)][:1]
+    if "Q:" in whole:
+        ends += [match.start() for match in _INLINE_QUESTION.finditer(whole)][:1]
+    if "\n" in whole:
+        ends.append(_next_begins(whole.removesuffix("\nAnswer")))
+    return whole[: min(ends)].rstrip() or whole
+
+
+def _next_begins(text: str) -> int:
+    """Where a line begins another question; the end of the text where none does."""
+    at, after_blank = 0, False
+    for number, whole_line in enumerate(text.split("\n")):
+        line = whole_line.strip()
+        if number and (_NEXT_TURN.match(line) or _NEXT_FIELD.match(line)):
+            return at
+        # Within a paragraph these are a solution's own words, between paragraphs they begin another one.
+        if after_blank and (_NEXT_PROBLEM.match(line) or _NEXT_PREMISE.match(line)):
+            return at
+        after_blank = not line
+        at += len(whole_line) + 1
+    return len(text)
 
 
 _QUOTES = " \"'`*"
