@@ -166,31 +166,41 @@ def vote_stored(folder: Path, output: Path, samples: int) -> None:
     prepare_tables(load_config(None, keys(folder, output, samples)), output, StoredParts(parts))
 
 
-def run_measured(command: list[str]) -> tuple[float, dict[str, float]]:
-    """Run a process. Returns its seconds and, by kind of process, the peak resident memory of one of them in GiB."""
+def run_measured(command: list[str]) -> tuple[float, float, dict[str, float]]:
+    """Run a process. Returns its seconds, the CPU seconds of all its processes, and their peak memory.
+
+    Memory is the peak resident memory of one process of each kind, in GiB. Ray's workers run at a low priority: on a
+    machine that others use, CPU seconds tell more than seconds.
+    """
     start = time.monotonic()
     peaks: dict[str, float] = {}
+    cpu: dict[int, float] = {}
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         root = psutil.Process(process.pid)
         while process.poll() is None:
-            for kind, gib in _memory(root):
+            for number, kind, gib, seconds in _processes(root):
                 peaks[kind] = max(peaks.get(kind, 0.0), gib)
+                cpu[number] = max(cpu.get(number, 0.0), seconds)
             time.sleep(1.0)
         if process.returncode:
             raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
-    return time.monotonic() - start, peaks
+    return time.monotonic() - start, sum(cpu.values()), peaks
 
 
-def _memory(root: psutil.Process) -> Iterator[tuple[str, float]]:
+def _processes(root: psutil.Process) -> Iterator[tuple[int, str, float, float]]:
+    """(id, kind, resident GiB, CPU seconds) of a process and of all below it."""
     try:
         processes = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
     for process in processes:
         try:
-            words = " ".join(process.cmdline()[:1]).split("(")[0].split("/")[-1].split() or [process.name()]
+            words = " ".join(process.cmdline()[:1]).split("(")[0].split("/")[-1].split(".")[0].split() or [
+                process.name()
+            ]
             kind = "driver" if process == root else words[0]
-            yield kind, process.memory_info().rss / 2**30
+            times = process.cpu_times()
+            yield process.pid, kind, process.memory_info().rss / 2**30, times.user + times.system
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
 
@@ -227,9 +237,13 @@ def measure(data: Synthetic, layout: str) -> list[dict[str, Any]]:
             command = [__file__, "--vote-stored", str(folder), str(output), "--samples", str(samples)]
         else:
             command = [str(ROOT / "jobs" / "sample_teacher.py"), *keys(folder, output, samples)]
-        seconds, peaks = run_measured([sys.executable, *command])
+        seconds, cpu_seconds, peaks = run_measured([sys.executable, *command])
         check(data, output)
-    found = [("seconds", seconds, "s"), ("questions_per_second", questions / seconds, "questions/s")]
+    found = [
+        ("seconds", seconds, "s"),
+        ("cpu_seconds", cpu_seconds, "s"),
+        ("questions_per_second", questions / seconds, "questions/s"),
+    ]
     found += [(f"peak_rss/{kind}", gib, "GiB") for kind, gib in sorted(peaks.items(), key=lambda item: -item[1])]
     found.append(("peak_rss/largest", max(peaks.values()), "GiB"))
     for metric, value, unit in found:

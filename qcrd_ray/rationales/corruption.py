@@ -1,14 +1,16 @@
 """Corrupted rationales: word masking and replacement, with which appendix A.3 balances the discriminator's negatives.
 
-The paper takes word classes from StanfordNLP. Here they are crude: numbers, operators, short lists of words that stand
-in for each other, and for all other words their first letter's case and their ending.
+The paper takes parts of speech from StanfordNLP; `kinds` gives them, where spaCy or stanza is there. Without them the
+classes are crude: numbers, operators, short lists of words that stand in for each other, and for all other words their
+first letter's case and their ending.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from qcrd_ray.seeding import stable_hash
 
@@ -46,7 +48,43 @@ _PIECE = re.compile(r"\s+|\d+(?:[.,]\d+)*|[^\W\d]+(?:['’][^\W\d]+)*|.", re.DOT
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
-def corrupt(rationale: str, question: str, rng: random.Random, *, mask_token: str = "[MASK]") -> str:
+@dataclass(frozen=True)
+class Corruption:
+    """A corrupted copy of a rationale.
+
+    Attributes:
+        positive_index: which of the positives it was made of.
+        method: `mask`, `replace`, or `mixed` (both, with words swapped and dropped).
+    """
+
+    text: str
+    method: str
+    positive_index: int = 0
+
+
+@dataclass(frozen=True)
+class WordKinds:
+    """Parts of speech of a rationale's words, and the words that there are of each.
+
+    Attributes:
+        places: (begin, end) of a word in the rationale, to its part of speech.
+        words: part of speech to the words of the question and of its rationales.
+    """
+
+    places: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    words: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+def corrupt(
+    rationale: str, question: str, rng: random.Random, *, mask_token: str = "[MASK]", kinds: WordKinds | None = None
+) -> str:
+    """The text of `corrupted`."""
+    return corrupted(rationale, question, rng, mask_token=mask_token, kinds=kinds).text
+
+
+def corrupted(
+    rationale: str, question: str, rng: random.Random, *, mask_token: str = "[MASK]", kinds: WordKinds | None = None
+) -> Corruption:
     """A copy of a rationale in which 15 to 40 % of the words, one at least, are masked, replaced, swapped or dropped.
 
     A number becomes another number of the question or one nearby, an operator another one, a word another word of its
@@ -55,16 +93,18 @@ def corrupt(rationale: str, question: str, rng: random.Random, *, mask_token: st
     Args:
         rng: decides everything; the same state gives the same copy.
         mask_token: what stands for a masked word.
+        kinds: parts of speech; a word that has one becomes another word of the same.
 
     Returns:
         A text that differs from `rationale` in more than white space and has at least one word; `rationale` itself
         where it has no word.
     """
-    pieces = _PIECE.findall(rationale)
+    matches = list(_PIECE.finditer(rationale))
+    pieces = [match[0] for match in matches]
     places = [place for place, piece in enumerate(pieces) if _is_word(piece) or _is_operator(pieces, place)]
     words = [place for place in places if _is_word(pieces[place])]
     if not words:
-        return rationale
+        return Corruption(rationale, "mask")
     style = rng.choice(STYLES)
     share = rng.uniform(LEAST_SHARE, GREATEST_SHARE)
     chosen = sorted(rng.sample(places, max(1, round(share * len(places)))))
@@ -73,7 +113,9 @@ def corrupt(rationale: str, question: str, rng: random.Random, *, mask_token: st
     for place in chosen:
         action = style if style != "mixed" else rng.choice(("mask", "replace", "replace", "swap", "drop"))
         if action == "replace":
-            result[place] = _replacement(pieces[place], vocabulary, rng) or mask_token
+            same = _same_kind(pieces[place], matches[place].span(), kinds, rng) if kinds is not None else None
+            crude = vocabulary if kinds is None or _NUMBER.fullmatch(pieces[place]) else ()
+            result[place] = same or _replacement(pieces[place], crude, rng) or mask_token
         elif action == "swap":
             other = rng.choice(words)
             result[place], result[other] = result[other], result[place]
@@ -85,8 +127,8 @@ def corrupt(rationale: str, question: str, rng: random.Random, *, mask_token: st
     if text.split() == rationale.split() or not _PIECE.search(text) or not any(map(_is_word, _PIECE.findall(text))):
         place = words[0]  # two swaps can cancel each other, a swap can exchange the same word
         pieces[place] = mask_token if pieces[place] != mask_token else mask_token + mask_token
-        text = _join(pieces)
-    return text
+        return Corruption(_join(pieces), "mask")
+    return Corruption(text, style)
 
 
 def fill_negatives(
@@ -102,19 +144,38 @@ def fill_negatives(
         The given negatives, then corrupted positives in turn, none of which equals a positive or another negative;
         fewer than `count` only where the positives have no words to corrupt.
     """
-    filled = list(negatives)
+    made = make_negatives(positives, negatives, question, count - len(negatives), seed_parts)
+    return [*negatives, *(corruption.text for corruption in made)]
+
+
+def make_negatives(
+    positives: Sequence[str],
+    negatives: Sequence[str],
+    question: str,
+    count: int,
+    seed_parts: Sequence[object],
+    kinds: Sequence[WordKinds] | None = None,
+) -> list[Corruption]:
+    """`count` corrupted positives in turn, none of which equals a positive, a negative or another of them.
+
+    Args:
+        kinds: parts of speech of each positive.
+
+    Returns:
+        Fewer than `count` only where the positives have too few words to corrupt.
+    """
+    made: list[Corruption] = []
     taken = set(positives) | set(negatives)
-    if not positives:
-        return filled
-    for number in range(4 * max(0, count - len(filled))):  # short texts can give the same copy more than once
-        if len(filled) >= count:
+    for number in range(4 * max(0, count) * bool(positives)):  # short texts can give the same copy more than once
+        if len(made) >= count:
             break
         rng = random.Random(stable_hash("corruption", *seed_parts, number))
-        copy = corrupt(positives[number % len(positives)], question, rng)
-        if copy not in taken:
-            taken.add(copy)
-            filled.append(copy)
-    return filled
+        index = number % len(positives)
+        copy = corrupted(positives[index], question, rng, kinds=kinds[index] if kinds is not None else None)
+        if copy.text not in taken:
+            taken.add(copy.text)
+            made.append(replace(copy, positive_index=index))
+    return made
 
 
 def _is_word(piece: str) -> bool:
@@ -125,6 +186,17 @@ def _is_operator(pieces: Sequence[str], place: int) -> bool:
     """An operator between two spaces; a bare '-' or '/' is more often a hyphen, a sign or a date."""
     spaced = 0 < place < len(pieces) - 1 and pieces[place - 1].isspace() and pieces[place + 1].isspace()
     return pieces[place] in OPERATORS and spaced
+
+
+def _same_kind(piece: str, place: tuple[int, int], kinds: WordKinds, rng: random.Random) -> str | None:
+    """Another word of the same part of speech, None where the piece has none or there is no other."""
+    part = kinds.places.get(place)
+    lowered = piece.lower()
+    others = [word for word in kinds.words.get(part or "", ()) if word.lower() != lowered]
+    if not others:
+        return None
+    other = rng.choice(others)
+    return other[0].upper() + other[1:] if piece[0].isupper() else other
 
 
 def _replacement(piece: str, vocabulary: Sequence[str], rng: random.Random) -> str | None:

@@ -89,6 +89,22 @@ class HeldOutCounts(_Record):
     dropped: dict[str, DroppedCount]
 
 
+class AugmentedCounts(_Record):
+    """Corrupted positives made for the discriminator.
+
+    Attributes:
+        tagger: what told the parts of speech: `spacy:MODEL VERSION`, `stanza:VERSION` or `rules`.
+        negatives: how many were made.
+        questions: questions that got some.
+        unbalanced: questions that still have fewer negatives than positives.
+    """
+
+    tagger: str
+    negatives: int
+    questions: int
+    unbalanced: int
+
+
 class Counts(_Record):
     """Counts of all tables in a folder.
 
@@ -96,6 +112,7 @@ class Counts(_Record):
         fingerprint: a hash of all that determines the tables.
         asked: the same without what a live teacher had answered by then.
         simulated: whether the samples are a simulated teacher's.
+        augmented: None where nothing uses corrupted positives.
         reused: whether the tables were there already.
     """
 
@@ -106,6 +123,7 @@ class Counts(_Record):
     simulated: bool
     train: TrainCounts
     held_out: dict[str, HeldOutCounts]
+    augmented: AugmentedCounts | None = None
     reused: bool = False
 
 

@@ -71,6 +71,19 @@ RATIONALE_SETS = pa.schema(
 `votes_gold`: whether the winner is the gold answer, null without one. `sample0` and `sample0_label`: the rationale of
 sample 0, empty where there is no sample, and its answer in the student's form, null where it could not be parsed."""
 
+AUGMENTED_NEGATIVES = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("positive_index", pa.int32(), nullable=False),
+        pa.field("method", pa.string(), nullable=False),
+        pa.field("negative", pa.string(), nullable=False),
+    ]
+)
+"""Corrupted positives that balance the teacher's minority: of which positive, and how (`mask`, `replace`, `mixed`)."""
+
+AUGMENTED_LISTS = pa.schema([pa.field("negatives", pa.list_(pa.string()), nullable=False)])
+"""The same for training: row i belongs to row i of the rationale sets."""
+
 HELD_OUT = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),

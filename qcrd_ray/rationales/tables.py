@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 import qcrd_ray.tasks
 from qcrd_ray.config import ExperimentConfig, config_to_yaml
 from qcrd_ray.errors import UserError
+from qcrd_ray.rationales.augmentation import AUGMENTED, augmentation_tagger, write_augmented
 from qcrd_ray.rationales.columns import Columns
 from qcrd_ray.rationales.counts import Counts, Drops, HeldOutCounts, TrainCounts, TrainTally, describe_drops
 from qcrd_ray.rationales.raw_chunks import CHUNKS, chunks_as_tables, chunks_of_table, file_chunks, raw_chunks
@@ -56,6 +57,7 @@ from qcrd_ray.rationales.table_files import (
     open_rationale_table,
     rows_at,
 )
+from qcrd_ray.rationales.taggers import NONE
 from qcrd_ray.rationales.voting import VOTED, InlineTeacher, VotingStage
 from qcrd_ray.tasks import Task, get_task
 
@@ -109,7 +111,8 @@ def prepare_tables(config: ExperimentConfig, output: Path, teacher: Teacher | No
     """Write all tables of a source into a folder, or reuse those that are there.
 
     Folder: `teacher_samples/*.parquet`, `rationale_sets/*.parquet`, `train.arrow` (`RATIONALE_SETS`), `valid.arrow`
-    and `test.arrow` (`HELD_OUT`) for the splits there are, `config.yaml`, `counts.json`.
+    and `test.arrow` (`HELD_OUT`) for the splits there are, `config.yaml`, `counts.json`; where a discriminator is to be
+    pretrained, `augmented_negatives/*.parquet` and `train.augmented.arrow` too (`augmentation`).
 
     Args:
         teacher: makes the samples, or has made them; None takes the recorded ones.
@@ -126,6 +129,7 @@ def prepare_tables(config: ExperimentConfig, output: Path, teacher: Teacher | No
     if (counts := _existing(output, splits)) is not None and counts.fingerprint == fingerprint:
         log.info("tables in %s are up to date, %d rationale sets are reused", output, counts.train.used)
         return counts.model_copy(update={"reused": True})
+    tagger = augmentation_tagger(config)
     if teacher is not None and teacher.simulated:
         log.info("the teacher is simulated: %s", teacher.name)
 
@@ -134,6 +138,7 @@ def prepare_tables(config: ExperimentConfig, output: Path, teacher: Teacher | No
         held_out = {
             split: write_held_out(config, task, split, staging / f"{split}.arrow") for split in splits if split != TRAIN
         }
+        augmented = write_augmented(config, TRAIN, staging, tagger) if tagger != NONE else None
         counts = Counts(
             fingerprint=fingerprint,
             asked=_asked(config, teacher),
@@ -142,6 +147,7 @@ def prepare_tables(config: ExperimentConfig, output: Path, teacher: Teacher | No
             simulated=teacher is not None and teacher.simulated,
             train=train,
             held_out=held_out,
+            augmented=augmented,
         )
         (staging / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
         (staging / "counts.json").write_text(counts.model_dump_json(indent=1), encoding="utf-8")
@@ -401,8 +407,9 @@ def _remove_stale(output: Path) -> None:
 def _publish(staging: Path, output: Path) -> None:
     """Move the tables to their names; between the first and the last move there is no `counts.json`."""
     (output / "counts.json").unlink(missing_ok=True)
-    for split in ("valid", "test"):
-        (output / f"{split}.arrow").unlink(missing_ok=True)
+    for name in ("valid", "test", f"{TRAIN}.{AUGMENTED}"):
+        (output / f"{name}.arrow").unlink(missing_ok=True)
+    shutil.rmtree(output / "augmented_negatives", ignore_errors=True)
     for source in sorted(staging.iterdir(), key=lambda path: path.name == "counts.json"):
         target = output / source.name
         if target.is_dir():
@@ -416,7 +423,8 @@ def _existing(output: Path, splits: tuple[str, ...]) -> Counts | None:
         counts = Counts.model_validate_json((output / "counts.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return counts if all((output / f"{split}.arrow").is_file() for split in splits) else None
+    wanted = [*splits, *([f"{TRAIN}.{AUGMENTED}"] if counts.augmented is not None else [])]
+    return counts if all((output / f"{name}.arrow").is_file() for name in wanted) else None
 
 
 def _fingerprint(config: ExperimentConfig, teacher: Teacher | None) -> str:
@@ -444,6 +452,7 @@ def _asked(config: ExperimentConfig, teacher: Teacher | None) -> str:
         "uses_rationales": config.uses_rationales,
         "single_task": config.method == "single_task",
         "source": source_fingerprint(config),
+        "augmentation": augmentation_tagger(config),
         "made_by": teacher.fingerprint if teacher is not None else RECORDED,
     }
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())

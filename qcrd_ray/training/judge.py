@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,10 +13,10 @@ from torch import Tensor
 from qcrd_ray.config import ExperimentConfig
 from qcrd_ray.models.discriminator import Discriminator
 from qcrd_ray.objectives.discriminator import discriminator_loss
-from qcrd_ray.rationales.corruption import fill_negatives
+from qcrd_ray.rationales.augmentation import AUGMENTED
 from qcrd_ray.rationales.order import DataOrder
 from qcrd_ray.rationales.streaming import student_tools
-from qcrd_ray.rationales.tables import open_rationale_table
+from qcrd_ray.rationales.tables import open_rationale_table, rows_at
 from qcrd_ray.training.engine import TrainEngine
 
 SETTLED = 0.95
@@ -120,23 +119,26 @@ class OnlineJudge:
         """Up to `judge.pretrain_steps` on the teacher's positives against its minority and corrupted positives (A.3).
 
         Ends early once the scores have been settled for some steps. The same questions whatever the number of ranks.
+
+        Args:
+            table_path: of the rationale sets; the corrupted positives lie beside, unless `judge.augmentation` is none.
         """
         settings = self.config.judge
         table = open_rationale_table(table_path)
+        augmented_path = table_path.with_suffix(f".{AUGMENTED}.arrow")
+        augmented = open_rationale_table(augmented_path) if augmented_path.is_file() else None
         order = DataOrder(table.num_rows, settings.pretrain_batch_size, self.config.train.seed + 1)
         _, task = student_tools(model, self.config)
         update: JudgeUpdate | None = None
         settled = 0
         for step in range(settings.pretrain_steps):
             rows = []
-            for record in table.take(pa.array(order.share(step, rank, world))).to_pylist():
+            share = order.share(step, rank, world)
+            filled = rows_at(augmented, share) if augmented is not None else [{"negatives": []}] * len(share)
+            for record, corrupted in zip(rows_at(table, share), filled, strict=True):
                 question = task.student_input(record["question"], record["choices"])
-                positives, minority = record["positives"], record["negatives"]
-                wanted = max(len(positives), 1)
-                seed = (self.config.train.seed, "pretrain", step, record["id"])
-                rows.append(
-                    JudgedQuestion(question, positives, fill_negatives(positives, minority, question, wanted, seed))
-                )
+                negatives = record["negatives"] + corrupted["negatives"]
+                rows.append(JudgedQuestion(question, record["positives"], negatives))
             update = self.update(rows, settings.lr)
             done = update.positive_score >= SETTLED and update.negative_score <= 1.0 - SETTLED
             settled = settled + 1 if done else 0
