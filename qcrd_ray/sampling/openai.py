@@ -69,11 +69,19 @@ class _Failed(Exception):
         retry: whether another attempt may do better.
         wait: seconds that the server asks to wait.
         maybe_n: the server may have refused `n` alone.
+        at_once: the next request is made as the server wants it, so that this attempt does not count.
     """
 
-    def __init__(self, reason: str, retry: bool = True, wait: float | None = None, maybe_n: bool = False) -> None:
+    def __init__(
+        self,
+        reason: str,
+        retry: bool = True,
+        wait: float | None = None,
+        maybe_n: bool = False,
+        at_once: bool = False,
+    ) -> None:
         super().__init__(reason)
-        self.reason, self.retry, self.wait, self.maybe_n = reason, retry, wait, maybe_n
+        self.reason, self.retry, self.wait, self.maybe_n, self.at_once = reason, retry, wait, maybe_n, at_once
 
 
 class OpenAiTeacher:
@@ -104,6 +112,7 @@ class OpenAiTeacher:
         self._tokens_per_byte = 0.0
         self._largest_n = 1
         self._refuses_n = self._endpoint.use_n == "never" or config.temperature == 0.0
+        self._chat_length = "max_tokens"
         self._fatal: UserError | None = None
 
     async def ask(self, ask: Ask) -> Answered:
@@ -181,6 +190,8 @@ class OpenAiTeacher:
             if failure.maybe_n and self._n_is_new(len(run)):
                 self._refuses_n = True
                 return dict.fromkeys(run)
+            if failure.at_once:
+                return dict.fromkeys(run)
             return dict.fromkeys(run, failure)
         except UserError as error:
             self._fatal = error
@@ -239,11 +250,12 @@ class OpenAiTeacher:
 
     async def _send(self, prompt: Prompt, n: int, seed: int) -> Any:
         """The server's answer, of whatever shape. Raises _Failed and UserError."""
+        length = "max_tokens" if prompt.messages is None else self._chat_length
         settings: dict[str, Any] = {
             "model": self._config.model,
             "temperature": self._config.temperature,
             "top_p": self._config.top_p,
-            "max_tokens": self._config.max_tokens,
+            length: self._config.max_tokens,
             "seed": seed,
         }
         if self._stop:
@@ -259,7 +271,7 @@ class OpenAiTeacher:
         except (TimeoutError, openai.APITimeoutError):
             failure = _Failed("timeout")
         except openai.APIStatusError as error:
-            failure = self._refusal(error)
+            failure = self._refusal(error, length)
         except openai.APIConnectionError:
             failure = _Failed("connection")
         except (ValueError, openai.OpenAIError):
@@ -280,8 +292,8 @@ class OpenAiTeacher:
         # Their modules load now: inside the first request, that time would be missing between it and the second.
         _ = self._client.chat.completions, self._client.completions
 
-    def _refusal(self, error: openai.APIStatusError) -> Exception:
-        """What an HTTP status other than 2xx means."""
+    def _refusal(self, error: openai.APIStatusError, length: str) -> Exception:
+        """What an HTTP status other than 2xx means. `length` is the name that the tokens at most were sent under."""
         status, message = error.status_code, self._message(error)
         wait = retry_after(error.response.headers)
         wait = None if wait is None else min(wait, LONGEST_RETRY_AFTER_S)
@@ -310,6 +322,9 @@ class OpenAiTeacher:
             return _Failed("prompt too long", retry=False)
         if error.code == "content_filter":
             return _Failed("content filter", retry=False)
+        if error.code == "unsupported_parameter" and length == "max_tokens" and "max_completion_tokens" in message:
+            self._chat_length = "max_completion_tokens"
+            return _Failed("http 400", at_once=True)
         return _Failed(f"http {status}: {message}", retry=False, maybe_n=status in (400, 422))
 
     def _message(self, error: openai.APIStatusError) -> str:

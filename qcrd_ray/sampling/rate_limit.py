@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 MINUTE = 60.0
-SLACK = 1.03
+SLACK = 1.05
 """Requests are this much further apart than the limit says: what the network delays must not crowd together."""
 
 

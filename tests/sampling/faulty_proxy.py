@@ -73,6 +73,8 @@ class FaultyProxy:
         scripted: faults of the next requests, before any is drawn; `fine` for none.
         error: for the fault `error`: status, body and headers.
         retry_after: seconds.
+        delay: seconds before any answer.
+        new_names: a chat has to say `max_completion_tokens`.
     """
 
     def __init__(self, upstream: str) -> None:
@@ -87,7 +89,7 @@ class FaultyProxy:
 
     def reset(self, share: float = 0.0, seed: int = 0) -> None:
         self.share, self.faults, self.n_mode, self.retry_after = share, FAULTS, "pass", 1.0
-        self.delay = 0.0
+        self.delay, self.new_names = 0.0, False
         self.scripted: list[str] = []
         self.error: tuple[int, Any, dict[str, str]] = (400, {}, {})
         self.seen: list[Seen] = []
@@ -118,9 +120,10 @@ class FaultyProxy:
         await runner.cleanup()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
+        arrived = time.monotonic()
         body = json.loads(await request.read() or b"{}")
         self._at_work += 1
-        seen = Seen(request.path, body, dict(request.headers), time.monotonic(), self._at_work)
+        seen = Seen(request.path, body, dict(request.headers), arrived, self._at_work)
         self.seen.append(seen)
         if self.scripted:
             seen.fault = self.scripted.pop(0)
@@ -161,6 +164,14 @@ class FaultyProxy:
         if n > 1 and self.n_mode == "refuse":
             seen.status = 400
             return web.json_response({"error": {"message": "n > 1 is not supported", "code": None}}, status=400)
+        if self.new_names and "max_tokens" in seen.body and "messages" in seen.body:
+            seen.status = 400
+            error = {
+                "message": "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
+                "param": "max_tokens",
+                "code": "unsupported_parameter",
+            }
+            return web.json_response({"error": error}, status=400)
         sent = dict(seen.body)
         if n > 1 and self.n_mode == "one":
             del sent["n"]

@@ -271,6 +271,14 @@ def test_attempts_end(refusing: FaultyProxy) -> None:
     assert answer.failed == {0: "connection"} and teacher.requests == 2
 
 
+def test_an_attempt_waits_as_long_as_the_server_asks(refusing: FaultyProxy) -> None:
+    refusing.error = (500, {}, {"Retry-After": "1"})
+    _, [answer] = run(config(refusing.url, max_attempts=2), asks(1, (0,)))
+    assert answer.failed == {0: "http 500"}
+    first, second = refusing.seen
+    assert 1.0 <= second.arrived - first.arrived < 3.0
+
+
 @pytest.mark.slow
 def test_every_sample_comes_once_whatever_goes_wrong(proxy: FaultyProxy, server: str) -> None:
     asked = asks(64)
@@ -330,6 +338,18 @@ def test_n_is_asked_again_where_it_is_always_wanted(proxy: FaultyProxy) -> None:
 
 
 @pytest.mark.slow
+def test_a_server_that_has_a_newer_name_for_the_length(proxy: FaultyProxy) -> None:
+    asked = asks(8, (0, 1))
+    _, expected = run(config(proxy.url), asked)
+    proxy.reset()
+    proxy.new_names = True
+    _, answers = run(config(proxy.url, max_in_flight=2, max_attempts=1), asked)
+    assert texts(answers) == texts(expected)
+    assert {seen.n for seen in proxy.seen} == {2}
+    assert 1 <= sum(seen.status == 400 for seen in proxy.seen) <= 2
+
+
+@pytest.mark.slow
 def test_what_came_of_a_spoilt_answer_is_kept(proxy: FaultyProxy) -> None:
     asked = Ask("q", plain(3), (2, 3, 4), 70)
     _, [expected] = run(config(proxy.url), [asked])
@@ -352,13 +372,14 @@ def test_requests_a_minute(proxy: FaultyProxy) -> None:
     proxy.reset(share=0.3, seed=3)
     proxy.faults, proxy.retry_after = ("server_error", "rate_limit", "cut_before"), 0.1
     begin = time.monotonic()
-    _, answers = run(config(proxy.url, requests_per_minute=600, max_in_flight=32), asks(40, (0,)))
+    _, answers = run(config(proxy.url, requests_per_minute=300, max_in_flight=32), asks(30, (0,)))
     assert all(answer.replies for answer in answers)
     arrived = [seen.arrived for seen in proxy.seen]
-    assert len(arrived) > 45
-    for seconds in (2, 4):
-        assert most_in_a_window(arrived, seconds) <= 10 * seconds
-    assert time.monotonic() - begin < 0.14 * len(arrived) + 2.0
+    assert len(arrived) > 34
+    for seconds in (3, 6):
+        # One more where a busy machine held one up on its way.
+        assert most_in_a_window(arrived, seconds) <= 5 * seconds + 1
+    assert time.monotonic() - begin < 0.25 * len(arrived) + 2.0
 
 
 @pytest.mark.slow
