@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qcrd_ray.config import ExperimentConfig
-from qcrd_ray.rationales.corruption import Corruption, WordKinds, make_negatives
+from qcrd_ray.rationales.corruption import WordKinds, make_negatives
 from qcrd_ray.rationales.counts import AugmentedCounts
 from qcrd_ray.rationales.ray_data import stream_tables
 from qcrd_ray.rationales.schema import AUGMENTED_LISTS, AUGMENTED_NEGATIVES
@@ -91,22 +91,25 @@ def augment_rows(rows: Sequence[dict[str, Any]], config: ExperimentConfig, tagge
     """Corrupted positives of rows of `rationale_sets`: {id, positive_index, method, negatives, missing} each."""
     task = get_task(config)
     questions = [task.student_input(row["question"], row["choices"]) for row in rows]
-    kinds: list[list[WordKinds]] | None = None
+    wanted = [max(0, len(row["positives"]) - len(row["negatives"])) for row in rows]
+    short = [number for number, count in enumerate(wanted) if count]
+    kinds: dict[int, list[WordKinds]] = {}
     if tagger != RULES:
-        kinds = _kinds(rows, questions, tagger)
+        found = _kinds([rows[number] for number in short], [questions[number] for number in short], tagger)
+        kinds = dict(zip(short, found, strict=True))
     result = []
-    for number, (row, question) in enumerate(zip(rows, questions, strict=True)):
-        wanted = max(0, len(row["positives"]) - len(row["negatives"]))
+    for number, row in enumerate(rows):
         seed = (config.teacher.seed, row["id"])
-        given = kinds[number] if kinds is not None else None
-        made: list[Corruption] = make_negatives(row["positives"], row["negatives"], question, wanted, seed, given)
+        made = make_negatives(
+            row["positives"], row["negatives"], questions[number], wanted[number], seed, kinds.get(number)
+        )
         result.append(
             {
                 "id": row["id"],
                 "positive_index": [corruption.positive_index for corruption in made],
                 "method": [corruption.method for corruption in made],
                 "negatives": [corruption.text for corruption in made],
-                "missing": wanted - len(made),
+                "missing": wanted[number] - len(made),
             }
         )
     return result
@@ -114,22 +117,19 @@ def augment_rows(rows: Sequence[dict[str, Any]], config: ExperimentConfig, tagge
 
 def _kinds(rows: Sequence[dict[str, Any]], questions: Sequence[str], tagger: str) -> list[list[WordKinds]]:
     """For each row the parts of speech of each of its positives; words are those of the question and all rationales."""
-    texts: list[str] = []
-    for row, question in zip(rows, questions, strict=True):
-        texts += [*row["positives"], question, *row["negatives"]]
-    tagged = tag(tagger, texts)
+    rationales = [[*row["positives"], *row["negatives"]] for row in rows]
+    texts = [text for given, question in zip(rationales, questions, strict=True) for text in (*given, question)]
+    tagged = iter(zip(texts, tag(tagger, texts), strict=True))
     result = []
-    at = 0
-    for row in rows:
-        end = at + len(row["positives"]) + 1 + len(row["negatives"])
+    for row, given in zip(rows, rationales, strict=True):
+        own = [next(tagged) for _ in range(len(given) + 1)]
         words: dict[str, dict[str, None]] = {}  # in the order of the texts, each once
-        for text, found in zip(texts[at:end], tagged[at:end], strict=True):
+        for text, found in own:
             for word in found:
                 if word.part is not None:
                     words.setdefault(word.part, {})[text[word.begin : word.end]] = None
         lists = {part: tuple(forms) for part, forms in words.items()}
-        result.append([WordKinds(_places(found), lists) for found in tagged[at : at + len(row["positives"])]])
-        at = end
+        result.append([WordKinds(_places(found), lists) for _, found in own[: len(row["positives"])]])
     return result
 
 

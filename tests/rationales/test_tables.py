@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,25 @@ def test_a_teacher_that_is_killed_leaves_nothing_that_looks_complete(ray_session
     assert not stale.exists()
 
 
+def test_cut_and_near_duplicate_rationales_are_counted(ray_session: Any, tmp_path: Path) -> None:
+    texts = ["It is 1.", "it is  1", "It is 1.\n\nQ: What else?\nA: 2", "One it is.", "It is 2."]
+    samples = [{"rationale": text, "answer": "2" if "2." in text else "1"} for text in texts]
+    row = {"id": "a", "question": "q", "answer": "1", "teacher_samples": samples}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    counts = prepare_tables(config(tmp_path, data={"near_duplicates": 1.0}), tmp_path / "out").train
+    assert (counts.cut, counts.near_duplicates, counts.samples) == (1, 2, 5)
+    assert counts.by_vote.average_positives == 4  # all of them vote
+    (made,) = tables.open_rationale_table(tmp_path / "out" / "train.arrow").to_pylist()
+    assert sorted(text.lower().strip(".") for text in made["positives"]) in (
+        ["it is 1", "one it is"],
+        ["it is  1", "one it is"],
+    )
+    assert made["agreement"] == pytest.approx(0.8)
+    both = prepare_tables(config(tmp_path, data={"near_duplicates": 1.0, "max_positives": 2}), tmp_path / "two").train
+    assert both.near_duplicates == 2
+    assert prepare_tables(config(tmp_path), tmp_path / "all").train.near_duplicates == 0
+
+
 def scripted(**keys: Any) -> ExperimentConfig:
     teacher = {"engine": "scripted", **keys.pop("teacher", {})}
     return config("generated:chain_sum", task="chain_sum", teacher=teacher, **keys)
@@ -181,7 +201,61 @@ def test_a_table_that_is_none(tmp_path: Path) -> None:
 
 def svamp(benchmark_data: Path, output: Path, samples: int) -> Counts:
     data = {"teachers": ["gpt35turbo-mcckd"]}
-    return prepare_tables(config(benchmark_data / "svamp", data=data, teacher={"samples": samples}), output)
+    return prepare_tables(
+        config(benchmark_data / "svamp", data=data, teacher={"samples": samples}, judge={"augmentation": "none"}),
+        output,
+    )
+
+
+def test_right_first_files_give_what_shuffled_ones_give(benchmark_data: Path, ray_session: Any, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (benchmark_data / "svamp" / "train.jsonl").open(encoding="utf-8")]
+    bare = [{name: value for name, value in row.items() if name != "teacher_samples"} for row in lines]
+    made = {}
+    for order in ("sorted", "shuffled"):
+        nested, flat = tmp_path / f"{order}-nested", tmp_path / f"{order}-flat"
+        nested.mkdir(), flat.mkdir()
+        for row in lines:
+            given = [s for s in row["teacher_samples"] if s["teacher"] == "gpt35turbo-mcckd"]
+            given.sort(key=lambda s: s["answer"] is None or float(s["answer"]) != float(row["answer"]))
+            if order == "shuffled":
+                random.Random(row["id"]).shuffle(given)
+            row["teacher_samples"] = given
+        samples = [{"id": row["id"], **sample} for row in lines for sample in row["teacher_samples"]]
+        if order == "shuffled":
+            random.Random(0).shuffle(samples)
+        for path, rows in (
+            (nested / "train.jsonl", lines),
+            (flat / "train.jsonl", bare),
+            (flat / "train.teacher_samples.jsonl", samples),
+        ):
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for folder in (nested, flat):
+            output = tmp_path / f"{folder.name}-out"
+            counts = prepare_tables(config(folder, teacher={"samples": 10}, judge={"augmentation": "none"}), output)
+            made[folder.name] = (
+                counts.train,
+                pq.read_table(output / "teacher_samples"),
+                pq.read_table(output / "rationale_sets"),
+            )
+    first = made.pop("sorted-nested")
+    for other in made.values():
+        assert other[0] == first[0]
+        assert other[1].equals(first[1])
+        assert other[2].equals(first[2])
+    assert 0.67 < first[0].single_sample_accuracy < 0.69
+    assert 0.82 < first[0].vote_accuracy < 0.85
+    one = prepare_tables(config(tmp_path / "sorted-nested", teacher={"samples": 1}), tmp_path / "one").train
+    assert 0.62 < one.single_sample_accuracy < 0.74  # sample 0 is no better than any other
+
+
+def test_raw_outputs_of_palm_are_cut_and_parsed(benchmark_data: Path, ray_session: Any, tmp_path: Path) -> None:
+    counts = prepare_tables(config(benchmark_data / "dss" / "svamp"), tmp_path / "out").train
+    assert counts.questions == 800
+    assert counts.parsed >= 760
+    assert 0.70 < counts.single_sample_accuracy < 0.80
+    assert counts.cut > 700
+    rationales = pq.read_table(tmp_path / "out" / "teacher_samples")["rationale"].to_pylist()
+    assert not any("Q:" in rationale for rationale in rationales)
 
 
 def test_gpt35_on_svamp(benchmark_data: Path, ray_session: Any, tmp_path: Path) -> None:

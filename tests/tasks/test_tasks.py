@@ -12,6 +12,7 @@ from qcrd_ray.config import ExperimentConfig, config_from_dict
 from qcrd_ray.errors import UserError
 from qcrd_ray.tasks import TASKS, get_task
 from qcrd_ray.tasks.arithmetic import canonical_number, evaluate
+from qcrd_ray.tasks.base import cut_run_on
 
 CHOICES = ["park", "Coloring Book", "bridge", "bridge", "gravity"]
 
@@ -288,3 +289,70 @@ def test_recorded_answers_have_their_known_accuracy(
                     sample["answer"], record["answer"], record.get("choices")
                 )
     assert right / count == pytest.approx(accuracy, abs=0.002)
+
+
+KEPT = "There are 14 + 9 = 23 plums."
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "\n\nQ: There are 3 cars.\nA: 3",
+        "\nQuestion: And now?",
+        "\n\nQuestion 2: And now?",
+        "\n**Question:** And now?",
+        "\nHuman: And now?",
+        "\n\nuser: And now?",
+        "\n\nQ",
+        "\nAnswer",
+        "\nAnswer Choices: (a) one",
+        "\n\nProblem: A train leaves.",
+        "\n\nNext problem: A train leaves.",
+        "\n\nExample 2: A train leaves.",
+        "\n\npremise: A man sits.\nhypothesis: A man stands.",
+        "\n### Question\nAnd now?",
+        "\n\n###\n\nAnother",
+        "<|im_end|>\n<|im_start|>user",
+        "</s> And now?",
+        " [INST] And now?",
+        "<end_of_turn>",
+        " Q: There are 3 cars. A: 3",
+    ],
+)
+def test_what_runs_on_is_cut(rest: str) -> None:
+    assert cut_run_on(KEPT + rest) == KEPT
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        KEPT,
+        "Step 1: add.\n\nStep 2: divide.\n\nAnswer: 4",
+        "We have two facts.\n\nExplanation:\nThe first is enough.",
+        "For example:\n\n- one\n- two\n\n### Step 2\nAdd them.",
+        "All that remains is the question:\n\nHow many are left?\n\n3.",
+        "P:(-push-ups)\nQ:(-exercises)\nQ is 3.",
+        "There were 7 roses.\nHow many did she cut?\nA: She cut 13.",
+        "Premise: a man sits.\nHypothesis: he stands.\nThese exclude each other.",
+        "The list is [1, 2], and 1 < 2 > 0.",
+        "The answer\nAnswer\n4",
+        "### Problem analysis\nTwo trains.\n\n### Problem solution\n5",
+        "Q: as it was put. It is 4.",
+        "<|assistant|>",
+    ],
+)
+def test_what_is_a_rationale_stays(text: str) -> None:
+    assert cut_run_on(f"  {text}\n") == text
+
+
+def test_cutting_takes_linear_time() -> None:
+    start = time.perf_counter()
+    for text in (
+        "y" + "\n" * 200_000 + "x",
+        "a\n" + "*" * 200_000,
+        ". " * 100_000 + "Q:",
+        "<|a" * 100_000,
+        "a\n#" + " " * 200_000,
+    ):
+        cut_run_on(text)
+    assert time.perf_counter() - start < 2.0
