@@ -99,6 +99,11 @@ class EndpointConfig(Section):
     use_n: Literal["auto", "always", "never"] = Field(
         "auto", description="Ask K samples in one request (n=K); auto: where the server has it, else K requests."
     )
+    send_seed: bool = Field(
+        False,
+        description="Send each request a seed. Servers differ in what they make of it, and vLLM's on a CPU fails where "
+        "a prompt with a seed is prefilled in parts.",
+    )
     price_input: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Price of a million prompt tokens.")
     price_output: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Price of a million generated tokens.")
     budget: Annotated[float, Field(gt=0.0)] | None = Field(

@@ -256,8 +256,9 @@ class OpenAiTeacher:
             "temperature": self._config.temperature,
             "top_p": self._config.top_p,
             length: self._config.max_tokens,
-            "seed": seed,
         }
+        if self._endpoint.send_seed:
+            settings["seed"] = seed
         if self._stop:
             settings["stop"] = list(self._stop)
         if n > 1:

@@ -178,6 +178,8 @@ class TeacherActor:
         self._starting: asyncio.Task[TeacherEngine] | None = None
         self._failed_in_row = 0
         self._stopped: str | None = None
+        settings = job.config.teacher
+        self._seeded = settings.engine != "openai" or settings.endpoint.send_seed
         self._lock = SetLock(job.folder)
         self._lock.share()  # a driver that comes after a kill waits until this process is gone
 
@@ -222,7 +224,7 @@ class TeacherActor:
                 "id": row["id"],
                 "sample_index": index,
                 "text": reply.text.encode("utf-8", "replace").decode(),
-                "seed": seed + index,
+                "seed": seed + index if self._seeded else None,
                 "finish_reason": reply.finish_reason,
                 "completion_tokens": reply.completion_tokens,
             }

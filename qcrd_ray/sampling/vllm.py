@@ -13,6 +13,8 @@ from typing import Any
 from qcrd_ray.sampling.engine import EngineSpec, Generation, Request, SamplingParameters
 
 CPU_STEP_TOKENS = 4096
+CPU_BLOCK_TOKENS = 32
+"""Samples of one prompt share its whole blocks, and each prefills the rest: vLLM's own 128 on a CPU leaves much."""
 
 
 class WeightSwap:
@@ -52,7 +54,11 @@ class VllmEngine:
         if not spec.gpu:
             # Where a prefill is cut, vLLM sets the generator of a seeded request back, which a CPU's cannot do: the
             # whole engine fails.
-            settings = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(length, CPU_STEP_TOKENS)}
+            settings = {
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(length, CPU_STEP_TOKENS),
+                "block_size": CPU_BLOCK_TOKENS,
+            }
         self.llm = LLM(
             model=spec.model,
             dtype="bfloat16" if spec.precision == "bf16" else "float32",

@@ -184,7 +184,7 @@ class FaultyProxy:
             return web.Response(body=raw, status=seen.status, content_type="application/json")
         answer = json.loads(raw)
         choices = answer["choices"]
-        seeds = [seen.body["seed"] + choice["index"] for choice in choices]
+        seeds = [seen.body.get("seed", 0) + choice["index"] for choice in choices]
         if seen.fault == "no_choices":
             choices, seeds = [], []
         if seen.fault == "filtered":

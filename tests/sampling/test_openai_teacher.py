@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
+import os
 import random
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from email.utils import formatdate
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from qcrd_ray.config import TeacherConfig
@@ -37,6 +43,7 @@ class Clock:
 
 def config(url: str | None, max_tokens: int = 12, model: str = MODEL, **endpoint: Any) -> TeacherConfig:
     settings = {"base_url": url, "max_in_flight": 8, "timeout_s": 20.0, "max_backoff_s": 0.2, "max_attempts": 25}
+    settings["send_seed"] = True
     return TeacherConfig(
         engine="openai", model=model, temperature=1.0, max_tokens=max_tokens, endpoint={**settings, **endpoint}
     )
@@ -522,3 +529,103 @@ def test_who_waits_for_a_retry_keeps_nobody_waiting(proxy: FaultyProxy, monkeypa
     assert [seen.body["seed"] for seen in proxy.seen[:3]] == [0, 1000, 2000]
     again = {seen.body["seed"]: seen.arrived for seen in proxy.seen[3:]}
     assert 1.0 <= again[0] - first.left < 1.6 and 1.0 <= again[1000] - second.left < 1.6
+
+
+# Through the job
+
+QUESTIONS = 24
+
+
+def job(folder: Path, output: Path, url: str, *arguments: str) -> list[str]:
+    rows = [{"id": f"q{n}", "question": f"What is {n} + 4?", "answer": str(n + 4)} for n in range(QUESTIONS)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        *(sys.executable, str(Path(__file__).parents[2] / "jobs" / "sample_teacher.py"), "task=custom"),
+        # A random model says no answer: the first words of what it writes are one.
+        *(f"data.path={folder}", "custom.answer_pattern=(?s)^(?P<answer>.{3})", "labels=teacher_vote"),
+        *("teacher.engine=openai", f"teacher.model={MODEL}", f"teacher.endpoint.base_url={url}"),
+        *("teacher.temperature=1.0", "teacher.samples=3", "teacher.max_tokens=12", f"output={output}"),
+        *("teacher.endpoint.timeout_s=20", "teacher.endpoint.max_backoff_s=0.2", "teacher.endpoint.max_attempts=25"),
+        *("teacher.endpoint.max_in_flight=6", *arguments),
+    ]
+
+
+def finish(command: list[str]) -> dict[str, Any]:
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "OPENAI_API_KEY": KEY}
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert KEY not in done.stdout + done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+@pytest.mark.slow
+def test_the_job_behind_a_faulty_server_is_complete_in_spite_of_a_kill(proxy: FaultyProxy, tmp_path: Path) -> None:
+    proxy.share, proxy.faults = 0.3, tuple(fault for fault in FAULTS if fault != "hang")
+    output, rate = tmp_path / "out", 600.0
+    command = job(tmp_path, output, proxy.url, f"teacher.endpoint.requests_per_minute={rate}")
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while sum(seen.fault is None and math.isfinite(seen.left) for seen in proxy.seen) < 8:
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+
+    result = finish(command)
+    sampling = result["sampling"]
+    assert sampling["samples_wanted"] == 3 * QUESTIONS
+    assert sampling["reused"] > 0 and sampling["sampled"] == 3 * QUESTIONS - sampling["reused"]
+    assert sampling["failed"]["samples"] == 0
+    rows = pq.read_table(output / "teacher_samples").to_pylist()
+    assert sorted((r["id"], r["sample_index"]) for r in rows) == sorted(
+        (f"q{n}", i) for n in range(QUESTIONS) for i in range(3)
+    )
+    arrived = sorted(seen.arrived for seen in proxy.seen)
+    for first in range(len(arrived)):
+        within = sum(arrived[first] <= moment < arrived[first] + 5.0 for moment in arrived[first:])
+        assert within <= 5.0 * rate / 60.0 + 1
+
+    proxy.reset()
+    assert finish(command)["sampling"]["sampled"] == 0
+    assert proxy.seen == [], "samples that are there were asked for"
+    for file in (path for path in tmp_path.rglob("*") if path.is_file()):
+        assert KEY.encode() not in file.read_bytes(), file
+
+
+@pytest.mark.slow
+def test_a_budget_ends_the_job_cleanly_and_a_larger_one_goes_on(proxy: FaultyProxy, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    prices = ("teacher.endpoint.price_input=1000", "teacher.endpoint.price_output=5000")
+    command = job(tmp_path, output, proxy.url, *prices, "teacher.endpoint.budget=2.0")
+    result = finish(command)
+    sampling = result["sampling"]
+    assert sampling["stopped"] == "budget"
+    assert 0 < sampling["sampled"] < 3 * QUESTIONS
+    assert 0.5 < sampling["cost"] <= 2.0
+    again = finish(command)["sampling"]
+    assert (again["reused"], again["stopped"]) == (sampling["sampled"], "budget")
+    assert again["cost_of_all_samples"] <= 2.0, "what earlier runs spent counts"
+    whole = finish([*command, "teacher.endpoint.budget=50"])["sampling"]
+    assert (whole["stopped"], whole["reused"] + whole["sampled"]) == (None, 3 * QUESTIONS)
+    assert whole["cost_of_all_samples"] > 2.0
+
+
+@pytest.mark.slow
+def test_questions_that_fail_are_named_and_asked_again(proxy: FaultyProxy, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    proxy.share, proxy.faults = 0.5, ("filtered",)
+    command = job(tmp_path, output, proxy.url, "teacher.endpoint.max_attempts=1")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    failed = result["sampling"]["failed"]
+    assert failed["reasons"] == {"content filter": failed["samples"]} and failed["share"] > 0.05
+    assert done.stderr.splitlines()[-1].startswith(f"error: {failed['questions']} of {QUESTIONS} questions failed")
+    lines = [json.loads(line) for line in (output / "failed_samples.jsonl").read_text().splitlines()]
+    assert len(lines) == failed["samples"] and {line["reason"] for line in lines} == {"content filter"}
+    proxy.reset()
+    sampling = finish(command)["sampling"]
+    assert (sampling["sampled"], sampling["failed"]["samples"]) == (failed["samples"], 0)
+    assert not (output / "failed_samples.jsonl").exists()

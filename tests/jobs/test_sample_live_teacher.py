@@ -1,0 +1,197 @@
+"""A live teacher through the job: killed in the middle, asked for more, asked for less."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from qcrd_ray.models.scratch import build_scratch
+
+ROOT = Path(__file__).parents[2]
+QUESTIONS = 40
+TEXTS = [f"What is {a} + {b}? {a} + {b} = {a + b}. The answer is {a + b}." for a in range(40) for b in range(5)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions, a small random model, and shots that make every sample end in an answer."""
+    folder = tmp_path_factory.mktemp("live")
+    build_scratch("llama-tiny", TEXTS, folder / "llama", seed=0)
+    rows = [{"id": f"q{n}", "question": f"What is {n} + {n % 5}?", "answer": str(n + n % 5)} for n in range(QUESTIONS)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def command(folder: Path, output: Path, *arguments: str) -> list[str]:
+    return [
+        *(sys.executable, str(ROOT / "jobs" / "sample_teacher.py"), "task=custom", f"data.path={folder}"),
+        # A random model says no answer: anything that it writes is one.
+        *("custom.answer_pattern=(?s)^.*?(?P<answer>[0-9]+)", "labels=teacher_vote", "custom.compare=number"),
+        *("teacher.engine=vllm", f"teacher.model={folder / 'llama'}", "teacher.temperature=1.0"),
+        *("teacher.max_tokens=64", "teacher.max_sequences=6", "teacher.max_model_tokens=256"),
+        *("teacher.kv_cache_gib=1", f"output={output}", *arguments),
+    ]
+
+
+def run(*arguments: str, code: int = 0) -> dict[str, Any]:
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == code, done.stderr[-4000:]
+    result: dict[str, Any] = json.loads(done.stdout)
+    return {**result, "stderr": done.stderr}
+
+
+def written(output: Path) -> int:
+    """Samples in parts and in journals."""
+    count = sum(pq.read_metadata(part).num_rows for part in output.glob("samples/*/*.parquet"))
+    for journal in output.glob("samples/*/*.jsonl"):
+        for line in journal.read_text().splitlines(keepends=True):
+            count += len(json.loads(line)["rows"]) if line.endswith("\n") else 0
+    return count
+
+
+def started(arguments: list[str], log: Path, output: Path, enough: int) -> subprocess.Popen[str]:
+    """The job, once it has written `enough` samples."""
+    with log.open("w") as errors:
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=errors, text=True)
+    deadline = time.monotonic() + 240
+    while written(output) < enough:
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.05)
+    return process
+
+
+def teachers_of(driver: int) -> list[psutil.Process]:
+    """Engine actors among what a driver has started."""
+    found = []
+    for process in psutil.Process(driver).children(recursive=True):
+        try:
+            if "TeacherActor" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def samples(output: Path) -> list[tuple[str, int]]:
+    rows = pq.read_table(output / "teacher_samples").to_pylist()
+    assert len({row["fingerprint"] for row in rows}) == 1
+    return sorted((row["id"], row["sample_index"]) for row in rows)
+
+
+def texts(output: Path) -> dict[tuple[str, int], str]:
+    parts = [pq.read_table(part).to_pylist() for part in output.glob("samples/*/*.parquet")]
+    return {(row["id"], row["sample_index"]): row["text"] for rows in parts for row in rows}
+
+
+def expected(count: int) -> list[tuple[str, int]]:
+    return sorted((f"q{n}", index) for n in range(QUESTIONS) for index in range(count))
+
+
+@pytest.mark.slow
+def test_a_killed_driver_goes_on_and_more_samples_are_asked_beside_the_old(folder: Path, tmp_path: Path) -> None:
+    output, log = tmp_path / "out", tmp_path / "log"
+    process = started(command(folder, output, "teacher.samples=3"), log, output, enough=15)
+    process.kill()
+    process.wait()
+    result = run(*command(folder, output, "teacher.samples=3"))
+    sampling = result["sampling"]
+    assert sampling["samples_wanted"] == 3 * QUESTIONS
+    assert 15 <= sampling["reused"] < 3 * QUESTIONS
+    assert sampling["sampled"] == 3 * QUESTIONS - sampling["reused"]
+    assert samples(output) == expected(3)
+    assert written(output) == 3 * QUESTIONS, "a sample was written twice"
+    assert f"{sampling['reused']} are there already" in result["stderr"]
+
+    before = texts(output)
+    more = run(*command(folder, output, "teacher.samples=4"))
+    assert (more["sampling"]["reused"], more["sampling"]["sampled"]) == (3 * QUESTIONS, QUESTIONS)
+    assert samples(output) == expected(4)
+    assert {place: texts(output)[place] for place in before} == before
+
+    start = time.monotonic()
+    less = run(*command(folder, output, "teacher.samples=2"))
+    assert (less["sampling"]["reused"], less["sampling"]["sampled"]) == (2 * QUESTIONS, 0)
+    assert less["sampling"]["engine_start_seconds"] == 0.0 and time.monotonic() - start < 60
+    assert samples(output) == expected(2)
+    assert run(*command(folder, output, "teacher.samples=2"))["reused"] is True
+
+
+@pytest.mark.slow
+def test_a_killed_engine_comes_back_and_a_changed_temperature_begins_a_set_of_its_own(
+    folder: Path, tmp_path: Path
+) -> None:
+    output, log = tmp_path / "out", tmp_path / "log"
+    process = started(command(folder, output, "teacher.samples=3"), log, output, enough=15)
+    (teacher,) = teachers_of(process.pid)
+    teacher.kill()
+    output_text, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, log.read_text()[-4000:]
+    assert json.loads(output_text)["sampling"]["sampled"] == 3 * QUESTIONS
+    assert samples(output) == expected(3)
+    assert written(output) == 3 * QUESTIONS, "a sample was written twice"
+
+    other = run(*command(folder, output, "teacher.samples=1", "teacher.temperature=0.5", "data.limit=3"))
+    assert (other["sampling"]["reused"], other["sampling"]["sampled"]) == (0, 3)
+    assert "a new set" in other["stderr"] and "it differs" in other["stderr"] and "temperature" in other["stderr"]
+    assert len(list(output.glob("samples/*/set.json"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["teacher.model=null"], "teacher.engine=vllm needs teacher.model"),
+        (["teacher.model=/nowhere"], "teacher.model: no model at '/nowhere'"),
+        (["teacher.model={t5}"], "vllm runs no encoder-decoder"),
+        (["teacher.prompt=chat"], "has no chat template; set it to few_shot"),
+        (["teacher.prompt_file=/nowhere.j2"], "teacher.prompt_file: /nowhere.j2 not found"),
+        (["teacher.gpus=64", "run.placement_timeout_s=1"], "asked for 1 teachers of 1 CPU and 64 GPU; the cluster has"),
+        (["teacher.engine=openai", "teacher.actors=2"], "raise teacher.endpoint.max_in_flight"),
+        (["teacher.max_actors=1", "teacher.actors=2"], "teacher.max_actors is less than teacher.actors"),
+    ],
+)
+def test_a_teacher_that_cannot_be_used_is_one_line(
+    folder: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    if "{t5}" in arguments[0]:
+        arguments = [f"teacher.model={build_scratch('t5-tiny', TEXTS, tmp_path / 't5', seed=0)}"]
+    done = subprocess.run(
+        command(folder, tmp_path / "out", *arguments), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr.splitlines()[-1]
+    assert done.stdout == "" and "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def nobody() -> str:
+    """The URL of a port that nobody listens at."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
+
+
+@pytest.mark.slow
+def test_an_endpoint_that_is_gone_ends_the_job(folder: Path, tmp_path: Path, nobody: str) -> None:
+    arguments = command(
+        *(
+            folder,
+            tmp_path / "out",
+            "teacher.engine=openai",
+            "teacher.model=any",
+            f"teacher.endpoint.base_url={nobody}",
+        ),
+        *("teacher.endpoint.max_attempts=2", "teacher.endpoint.max_backoff_s=0.1"),
+    )
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "connection" in done.stderr.splitlines()[-1] and "failed" in done.stderr.splitlines()[-1]
