@@ -54,7 +54,8 @@ class Corruption:
 
     Attributes:
         positive_index: which of the positives it was made of.
-        method: `mask`, `replace`, or `mixed` (both, with words swapped and dropped).
+        method: `mask`, `replace` (a word that nothing can stand in for is masked), or `mixed` (both, and words
+            swapped and dropped).
     """
 
     text: str

@@ -21,6 +21,8 @@ from qcrd_ray.tasks import get_task
 
 CHUNK_ROWS = 1024
 CHUNK_BYTES = 256 << 10
+LEAST_CHUNK_ROWS, MOST_CHUNK_ROWS = 64, 1 << 16
+"""Of Parquet: its files say how large their columns are, but not how large without their dictionaries."""
 DSS_TEACHER = "palm540b"
 
 CHUNKS = pa.schema(
@@ -155,7 +157,7 @@ def _chunks_of(config: ExperimentConfig, split: str, limit: int | None) -> Itera
 
 def _file_chunks(path: Path, limit: int | None, chunk_bytes: int) -> Iterator[RawChunk]:
     if path.suffix == ".parquet":
-        yield from _parquet_chunks(path, limit)
+        yield from _parquet_chunks(path, limit, chunk_bytes)
     else:
         yield from _line_chunks(path, limit, chunk_bytes)
 
@@ -176,11 +178,14 @@ def _line_chunks(path: Path, limit: int | None, chunk_bytes: int) -> Iterator[Ra
             first, number = first + rows, number + len(lines)
 
 
-def _parquet_chunks(path: Path, limit: int | None) -> Iterator[RawChunk]:
+def _parquet_chunks(path: Path, limit: int | None, chunk_bytes: int) -> Iterator[RawChunk]:
     try:
         with pq.ParquetFile(path) as file:
             first = 0
-            for batch in file.iter_batches(batch_size=CHUNK_ROWS):
+            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            bytes_a_row = sum(group.total_byte_size for group in groups) / max(1, file.metadata.num_rows)
+            rows = int(min(MOST_CHUNK_ROWS, max(LEAST_CHUNK_ROWS, chunk_bytes / max(1.0, bytes_a_row))))
+            for batch in file.iter_batches(batch_size=rows):
                 payload = pa.BufferOutputStream()
                 with pa.ipc.new_stream(payload, batch.schema) as stream:
                     stream.write_batch(batch)

@@ -77,8 +77,8 @@ log = logging.getLogger(__name__)
 
 TRAIN = "train"
 RECORDED = "recorded"
-_INDEX_BYTES = 8 << 20
-"""Bytes of a flat .jsonl table that become one part of its index."""
+_LEAST_INDEX_BYTES, _MOST_INDEX_BYTES, _INDEX_PARTS = 8 << 20, 64 << 20, 64
+"""A flat table becomes about that many parts of its index, of that many bytes each: a look-up opens all it needs."""
 _INDEXED_PART = pa.schema([pa.field("error", pa.string())])
 
 
@@ -285,7 +285,8 @@ def _index(
 
 
 def _read_file(path: Path) -> Iterable[pa.Table]:
-    return chunks_as_tables(file_chunks(path, _INDEX_BYTES))
+    part = min(_MOST_INDEX_BYTES, max(_LEAST_INDEX_BYTES, path.stat().st_size // _INDEX_PARTS))
+    return chunks_as_tables(file_chunks(path, part))
 
 
 def _index_block(block: pa.Table, writer: PartWriter, columns: Columns) -> pa.Table:

@@ -91,7 +91,7 @@ def test_ids_that_stand_twice_are_found_like_by_a_dictionary() -> None:
 def test_flat_tables_of_many_parts_equal_nested_samples(
     ray_session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "_INDEX_BYTES", 50_000)
+    monkeypatch.setattr(tables, "_LEAST_INDEX_BYTES", 50_000)
     count = 3000
     samples = flat_samples(count)
     nested = [{**q, "teacher_samples": samples[5 * i : 5 * i + 5]} for i, q in enumerate(questions(count))]
