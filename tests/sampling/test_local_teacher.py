@@ -65,5 +65,5 @@ def test_a_sample_depends_on_its_seed_alone(tmp_path: Path, engine: str, model: 
 
 @pytest.mark.slow
 def test_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="config.json|not"):
+    with pytest.raises(ValueError, match="Unrecognized model"):
         LocalTeacher(EngineSpec("transformers", str(tmp_path)), PARAMETERS)

@@ -621,11 +621,13 @@ def test_questions_that_fail_are_named_and_asked_again(proxy: FaultyProxy, tmp_p
     assert done.returncode == 1, done.stderr[-3000:]
     result = json.loads(done.stdout)
     failed = result["sampling"]["failed"]
-    assert failed["reasons"] == {"content filter": failed["samples"]} and failed["share"] > 0.05
+    # The random model's own empty samples are beside them.
+    assert failed["reasons"]["content filter"] >= 5 and set(failed["reasons"]) <= {"content filter", "empty answer"}
+    assert sum(failed["reasons"].values()) == failed["samples"] and failed["share"] > 0.05
     assert done.stderr.splitlines()[-1].startswith(f"error: {failed['questions']} of {QUESTIONS} questions failed")
     lines = [json.loads(line) for line in (output / "failed_samples.jsonl").read_text().splitlines()]
-    assert len(lines) == failed["samples"] and {line["reason"] for line in lines} == {"content filter"}
+    assert len(lines) == failed["samples"] and {line["reason"] for line in lines} == set(failed["reasons"])
     proxy.reset()
-    sampling = finish(command)["sampling"]
+    sampling = finish([*command, "teacher.endpoint.max_attempts=25"])["sampling"]
     assert (sampling["sampled"], sampling["failed"]["samples"]) == (failed["samples"], 0)
     assert not (output / "failed_samples.jsonl").exists()
