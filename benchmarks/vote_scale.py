@@ -146,14 +146,14 @@ def _write_parts(data: Synthetic, folder: Path) -> None:
         pq.write_table(table, folder / f"part-{begin:08d}.parquet", compression="zstd")
 
 
-def keys(folder: Path, output: Path, samples: int) -> list[str]:
+def keys(folder: Path, output: Path, samples: int, augmentation: str = "none") -> list[str]:
     return [
         "task=esnli",
         "labels=teacher_vote",
         f"data.path={folder}",
         f"output={output}",
         f"teacher.samples={samples}",
-        "judge.augmentation=none",
+        f"judge.augmentation={augmentation}",
     ]
 
 
@@ -226,7 +226,7 @@ def check(data: Synthetic, output: Path) -> None:
     assert counts["used"] == table.num_rows == int((data.answers >= 0).any(axis=1).sum())
 
 
-def measure(data: Synthetic, layout: str) -> list[dict[str, Any]]:
+def measure(data: Synthetic, layout: str, augmentation: str) -> list[dict[str, Any]]:
     questions, samples = data.answers.shape
     with tempfile.TemporaryDirectory(prefix="vote-scale-") as name:
         folder, output = Path(name) / "in", Path(name) / "out"
@@ -236,7 +236,7 @@ def measure(data: Synthetic, layout: str) -> list[dict[str, Any]]:
         if layout == "stored":
             command = [__file__, "--vote-stored", str(folder), str(output), "--samples", str(samples)]
         else:
-            command = [str(ROOT / "jobs" / "sample_teacher.py"), *keys(folder, output, samples)]
+            command = [str(ROOT / "jobs" / "sample_teacher.py"), *keys(folder, output, samples, augmentation)]
         seconds, cpu_seconds, peaks = run_measured([sys.executable, *command])
         check(data, output)
     found = [
@@ -257,6 +257,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=549_367)
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--layout", choices=LAYOUTS, help="default: all of them")
+    parser.add_argument("--augmentation", default="none", help="judge.augmentation, where samples are nested or flat")
     parser.add_argument("--quick", action="store_true", help="20,000 questions")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--vote-stored", type=Path, nargs=2, help=argparse.SUPPRESS)
@@ -266,7 +267,7 @@ def main() -> None:
         return
     data = Synthetic.make(20_000 if arguments.quick else arguments.questions, arguments.samples)
     layouts = [arguments.layout] if arguments.layout else LAYOUTS
-    rows = [row for layout in layouts for row in measure(data, layout)]
+    rows = [row for layout in layouts for row in measure(data, layout, arguments.augmentation)]
     if arguments.json:
         arguments.json.write_text(json.dumps({"rows": rows, "ratios": {}}, indent=1) + "\n")
 

@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from qcrd_ray.seeding import stable_hash
 
@@ -197,7 +198,11 @@ def _same_kind(piece: str, place: tuple[int, int], kinds: WordKinds, rng: random
     if not others:
         return None
     other = rng.choice(others)
-    return other[0].upper() + other[1:] if piece[0].isupper() else other
+    if piece[0].isupper():
+        return other[0].upper() + other[1:]
+    began_a_sentence = other[0].isupper() and not other[1:].isupper() and other != "I"
+    is_name = (part or "").startswith("PROPN")
+    return other[0].lower() + other[1:] if began_a_sentence and not is_name else other
 
 
 def _replacement(piece: str, vocabulary: Sequence[str], rng: random.Random) -> str | None:
@@ -215,6 +220,7 @@ def _replacement(piece: str, vocabulary: Sequence[str], rng: random.Random) -> s
     return rng.choice(same) if same else None
 
 
+@lru_cache(maxsize=1 << 16)
 def _class(word: str) -> tuple[bool, bool, str] | None:
     """Crude class of a word that no list names: upper-case initial, a single letter, ending."""
     if _NUMBER.fullmatch(word) or word.lower() in CLASS_OF:
