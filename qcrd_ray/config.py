@@ -40,7 +40,7 @@ class Section(BaseModel):
 class DataConfig(Section):
     path: str | None = Field(
         None,
-        description="Folder with train, valid and perhaps test as .jsonl or .parquet; a Distilling-step-by-step "
+        description="Folder with train, valid and perhaps test as .jsonl, .parquet or .csv; a Distilling-step-by-step "
         "folder; hub:NAME for a Hugging Face dataset; generated:chain_sum for questions made by reasoning-gym.",
     )
     limit: Positive | None = Field(None, description="Use the first N usable questions of the training split.")

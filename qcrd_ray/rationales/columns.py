@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -89,6 +91,7 @@ class Columns:
             own = ("target", "equation") if config.task == "svamp" and name == "target" else (name,)
             self._candidates[key] = (config.data.columns[key],) if key in config.data.columns else own
         self._mapped = config.data.columns
+        self._needs_gold = config.labels == "gold" or config.positives == "gold"
         self._is_nli = config.task in ("anli1", "esnli")
         self._teachers = config.data.teachers
         self._max_chars = config.data.max_rationale_chars
@@ -113,6 +116,7 @@ class Columns:
         there = ", ".join(map(str, row)) or "none"
         ours = name.removeprefix("sample_")
         hint = "" if name in self._mapped else f"; map it: data.columns={{{name}: YOURS}}"
+        hint += ", or learn from the vote: labels=teacher_vote" if name == "answer" and hint else ""
         return UserError(f"{place()}: no column {wanted!r} for {ours!r}; there are: {there}{hint}")
 
     def question(self, row: Row, place: Place, index: int, split: str) -> Question:
@@ -149,7 +153,7 @@ class Columns:
     def _answer(self, row: Row, place: Place) -> str | None:
         column = self._column(row, "answer")
         if column is None:
-            if self._column(row, "target") is None:
+            if self._column(row, "target") is None and self._needs_gold:
                 raise self._missing(row, "answer", place)
             return None
         value = row[column]
@@ -170,6 +174,9 @@ class Columns:
             labels, value = value.get("label", []), value["text"]
         if value is None:
             return None, {}
+        if isinstance(value, str) and value.startswith("["):  # a cell of a CSV
+            with contextlib.suppress(ValueError):
+                value = json.loads(value)
         if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
             raise UserError(f"{place()}: column {column!r}: expected a list of strings, found {_kind(value)}")
         choices = tuple(_text(choice, place, str(column)) for choice in value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import pickle
@@ -23,6 +24,7 @@ CHUNK_ROWS = 1024
 CHUNK_BYTES = 256 << 10
 LEAST_CHUNK_ROWS, MOST_CHUNK_ROWS = 64, 1 << 16
 """Of Parquet: its files say how large their columns are, but not how large without their dictionaries."""
+MOST_CSV_CELL = 1 << 24
 DSS_TEACHER = "palm540b"
 
 CHUNKS = pa.schema(
@@ -64,7 +66,7 @@ def raw_chunks(config: ExperimentConfig, split: str, limit: int | None = None) -
 
 
 def file_chunks(path: Path, chunk_bytes: int = CHUNK_BYTES) -> Iterator[RawChunk]:
-    """The chunks of one .jsonl or .parquet file. Raises nothing; see `RawChunk.encoding`."""
+    """The chunks of one .jsonl, .parquet or .csv file. Raises nothing; see `RawChunk.encoding`."""
     return _ending_with_error(lambda: _file_chunks(path, None, chunk_bytes))
 
 
@@ -147,7 +149,7 @@ def _chunks_of(config: ExperimentConfig, split: str, limit: int | None) -> Itera
         there = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
         near = nearest(f"{split}.jsonl", there)
         raise UserError(
-            f"{folder}: no {split}.jsonl or {split}.parquet{near or '; there are: ' + (', '.join(there) or 'no files')}"
+            f"{folder}: no {split}.jsonl, .parquet or .csv{near or '; there are: ' + (', '.join(there) or 'no files')}"
         )
     if kind == "dss":
         yield from _row_chunks(_dss_rows(path, folder, split), str(path), "line", limit)
@@ -158,6 +160,8 @@ def _chunks_of(config: ExperimentConfig, split: str, limit: int | None) -> Itera
 def _file_chunks(path: Path, limit: int | None, chunk_bytes: int) -> Iterator[RawChunk]:
     if path.suffix == ".parquet":
         yield from _parquet_chunks(path, limit, chunk_bytes)
+    elif path.suffix == ".csv":
+        yield from _row_chunks(_csv_rows(path), str(path), "line", limit)
     else:
         yield from _line_chunks(path, limit, chunk_bytes)
 
@@ -176,6 +180,27 @@ def _line_chunks(path: Path, limit: int | None, chunk_bytes: int) -> Iterator[Ra
                 lines = lines[: full[rows - 1]]
             yield RawChunk(str(path), "line", first, number, "lines", b"".join(lines))
             first, number = first + rows, number + len(lines)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Rows by the header's names, with the line that each begins at. An empty cell is null."""
+    csv.field_size_limit(MOST_CSV_CELL)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        number = 1
+        try:
+            header = next(reader, [])
+            number = reader.line_num + 1
+            for cells in reader:
+                if cells and len(cells) != len(header):
+                    raise UserError(f"{path}:{number}: {len(cells)} cells, but the header has {len(header)}")
+                if cells:
+                    yield number, {name: cell or None for name, cell in zip(header, cells, strict=True)}
+                number = reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(f"{path}:{number}: no valid CSV: {error}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: no valid UTF-8 after line {number}") from None
 
 
 def _parquet_chunks(path: Path, limit: int | None, chunk_bytes: int) -> Iterator[RawChunk]:
@@ -298,7 +323,7 @@ def source_of(config: ExperimentConfig) -> tuple[str, str]:
     path = config.data.path
     if not path:
         raise UserError(
-            "config key data.path: not set; give a folder with train.jsonl and valid.jsonl (or .parquet), "
+            "config key data.path: not set; give a folder with train.jsonl and valid.jsonl (or .parquet, .csv), "
             "hub:NAME or generated:chain_sum"
         )
     for kind in ("generated", "hub"):
@@ -316,7 +341,7 @@ def source_of(config: ExperimentConfig) -> tuple[str, str]:
 
 
 def find_file(folder: Path, stem: str) -> Path | None:
-    found = [path for suffix in (".jsonl", ".parquet") if (path := folder / f"{stem}{suffix}").is_file()]
+    found = [path for suffix in (".jsonl", ".parquet", ".csv") if (path := folder / f"{stem}{suffix}").is_file()]
     if len(found) > 1:
         raise UserError(f"{folder}: both {found[0].name} and {found[1].name} are there; keep one")
     return found[0] if found else None

@@ -3,7 +3,7 @@
 `raw_chunks` cuts a source into chunks, in order and unparsed: that is quick, and one process does it, where the files
 are. `SplitReader` turns a chunk into questions and samples, wherever it is sent; chunks do not depend on each other.
 
-* A folder with train, valid and perhaps test as .jsonl or .parquet. Samples are nested in each question
+* A folder with train, valid and perhaps test as .jsonl, .parquet or .csv. Samples are nested in each question
   (`teacher_samples`) or flat in `train.teacher_samples.jsonl|parquet`, which goes through a `sample_index`.
 * A Distilling-step-by-step folder: `NAME_train.json`, `llm/train_CoT_0.json` and so on, raw outputs of PaLM.
 * `hub:NAME` or `hub:NAME:CONFIGURATION`, a data set for Hugging Face's `datasets`.
@@ -284,7 +284,7 @@ def stands_twice(config: ExperimentConfig, split: str, question_id: str, number:
     kind, _ = source_of(config)
     if kind == "hub":
         name = f"{config.data.path} {hub_split(hub_splits(source_of(config)[1]), split)}"
-    elif kind == "dss" or name.endswith(".jsonl"):
+    elif kind == "dss" or name.endswith((".jsonl", ".csv")):
         unit = "line"
     place = f"{name}:{number}" if unit == "line" else f"{name} row {number}"
     return f"{place}: id {question_id!r} stands twice, first at {unit} {first}"

@@ -11,6 +11,7 @@ import pytest
 
 from qcrd_ray.config import ExperimentConfig, config_from_dict
 from qcrd_ray.errors import UserError
+from qcrd_ray.rationales.schema import Question
 from qcrd_ray.rationales.sources import SourceRow, read_rows, source_fingerprint, splits_available
 from qcrd_ray.tasks import get_task
 
@@ -227,3 +228,31 @@ def test_distilling_step_by_step_layout(benchmark_data: Path) -> None:
     assert len(read) == 800
     assert all(len(row.samples) + row.empty == 1 for row in read)
     assert read[0].question.target == "( 84.0 / 2.0 )"
+
+
+def test_a_csv_is_read_as_people_write_it(tmp_path: Path) -> None:
+    text = '\ufeffid,question,gold,choices\r\na,"one,\ntwo ""three""",1,"[""x"", ""y""]"\r\n\r\nb,four,,\r\n'
+    (tmp_path / "train.csv").write_bytes(text.encode())
+    found = [row.question for row in rows(config(tmp_path, "cqa", columns={"answer": "gold"}), samples=False)]
+    assert found == [Question("a", 'one,\ntwo "three"', "1", None, ("x", "y")), Question("b", "four")]
+
+
+def test_questions_without_gold_need_no_column_for_it(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("id,question\na,one\n")
+    voted = config(tmp_path).model_copy(update={"labels": "teacher_vote"})
+    assert [row.question for row in rows(voted, samples=False)] == [Question("a", "one")]
+    assert "labels=teacher_vote" in error(config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,question,answer\na,one\n", "train.csv:2: 2 cells, but the header has 3"),
+        ('id,question,answer\na,"one,1\n', "train.csv:2: no valid CSV"),
+        ("id,question,answer\n", "is empty"),
+        ("id,question,answer\na,one,1\nb,two,2\na,three,3\n", "train.csv:4: id 'a' stands twice, first at line 2"),
+    ],
+)
+def test_a_csv_that_cannot_be_read_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "train.csv").write_text(text)
+    assert message in error(config(tmp_path))
