@@ -31,26 +31,63 @@ def ray_session(cpus: float, verbose: bool = False) -> Iterator[None]:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # A trainer and a sampler share a laptop's cores: a thread that waits must sleep, not spin.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for name in ("ray.data", "ray.train", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     if ray.is_initialized():
         yield
         return
-    settings: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.WARNING}
     try:
-        if "RAY_ADDRESS" in os.environ:
-            ray.init(**settings)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
-                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                **settings,
-            )
+        start_ray(cpus, verbose)
         yield
     finally:
         ray.shutdown()
+
+
+def start_ray(cpus: float = 1.0, verbose: bool = False) -> None:
+    """Have Ray in this process; see `ray_session`, which also ends it."""
+    import ray.data
+    import ray.train
+
+    for name in ("ray.data", "ray.train", "httpx"):  # each sets its own level as it is imported
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if ray.is_initialized():
+        return
+    settings: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.WARNING}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(**settings)
+        return
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
+        object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        **settings,
+    )
+
+
+@contextmanager
+def data_settings(preserve_order: bool, block_bytes: int | None = None) -> Iterator[None]:
+    """How the data sets that are made inside run: quietly. A data set copies the context as it is made."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    before = (
+        context.execution_options.preserve_order,
+        context.target_max_block_size,
+        context.enable_progress_bars,
+        context.print_on_execution_start,
+    )
+    context.execution_options.preserve_order = preserve_order
+    context.target_max_block_size = block_bytes or context.target_max_block_size
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    try:
+        yield
+    finally:
+        (
+            context.execution_options.preserve_order,
+            context.target_max_block_size,
+            context.enable_progress_bars,
+            context.print_on_execution_start,
+        ) = before
 
 
 def await_resources(wanted: Mapping[str, float], seconds: float, describe: Callable[[], str]) -> None:

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 
+from qcrd_ray.ray_session import data_settings, start_ray
+
 BLOCK_BYTES = 4 << 20
-LOCAL_OBJECT_STORE_BYTES = 1 << 30
-"""Blocks in flight are few; Ray's own default is a third of the machine's memory."""
-
-
-def start_ray() -> None:
-    """Start Ray on this machine, or join the cluster of RAY_ADDRESS, where no job has yet."""
-    import ray
-
-    if ray.is_initialized():
-        return
-    local = {} if "RAY_ADDRESS" in os.environ else {"object_store_memory": LOCAL_OBJECT_STORE_BYTES}
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING, **local)
 
 
 def stream_tables(
@@ -40,13 +27,12 @@ def stream_tables(
         transform: applied to blocks in parallel, `batch_rows` rows at a time (None: a block at a time).
         here: read on this node, where the user's files are, with no CPU of it (a head node may have none to give).
     """
-    import ray
-    from ray.data import DataContext
-
     if not sources:
         return
     start_ray()
-    with _settings(DataContext.get_current()):
+    import ray
+
+    with data_settings(preserve_order=True, block_bytes=BLOCK_BYTES):
         read_options: dict[str, Any] = {"num_cpus": 0} if here else {}
         data = ray.data.read_datasource(
             _datasource(sources, schema, not here), override_num_blocks=len(sources), **read_options
@@ -54,30 +40,6 @@ def stream_tables(
         if transform is not None:
             data = data.map_batches(transform, batch_format="pyarrow", batch_size=batch_rows)
         yield from data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
-
-
-@contextlib.contextmanager
-def _settings(context: Any) -> Iterator[None]:
-    before = (
-        context.execution_options.preserve_order,
-        context.target_max_block_size,
-        context.enable_progress_bars,
-        context.print_on_execution_start,
-    )
-    # A data set copies the context as it is made.
-    context.execution_options.preserve_order = True
-    context.target_max_block_size = BLOCK_BYTES
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    try:
-        yield
-    finally:
-        (
-            context.execution_options.preserve_order,
-            context.target_max_block_size,
-            context.enable_progress_bars,
-            context.print_on_execution_start,
-        ) = before
 
 
 def _datasource(sources: Sequence[Callable[[], Iterable[pa.Table]]], schema: pa.Schema, anywhere: bool) -> Any:

@@ -27,7 +27,7 @@ from qcrd_ray.config import ExperimentConfig
 from qcrd_ray.errors import UserError
 from qcrd_ray.rationales.schema import Question
 from qcrd_ray.rationales.sources import read_rows
-from qcrd_ray.ray_session import await_resources, cluster_state
+from qcrd_ray.ray_session import await_resources, cluster_state, data_settings
 from qcrd_ray.sampling.engine import SamplingParameters
 from qcrd_ray.sampling.sample_store import Chunk, SampleSet, SetLock, StoreIndex, Usage
 from qcrd_ray.sampling.teacher_engine import Answered, Ask, TeacherEngine
@@ -366,7 +366,7 @@ def _run_pool(
     start: Callable[[], TeacherEngine],
     show: Callable[[Plan, Totals], None],
 ) -> tuple[list[tuple[str, int, str]], Totals]:
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import ActorPoolStrategy
 
     settings = config.teacher
     wanted = {"CPU": settings.actors * settings.cpus, "GPU": settings.actors * actor_gpus(config)}
@@ -380,34 +380,29 @@ def _run_pool(
     job = PoolJob(config, builder.chat, folder, plan.path, run, chunk_batches, start)
 
     ledger = ray.remote(Ledger).options(num_cpus=0).remote()
-    context = DataContext.get_current()
-    before = (context.enable_progress_bars, context.print_on_execution_start)
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
     failures: list[tuple[str, int, str]] = []
     try:
-        numbers = ray.data.from_arrow([pa.table({"chunk": pa.array([n], pa.int64())}) for n in range(chunks)])
-        failed = numbers.map_batches(
-            TeacherActor,
-            fn_constructor_args=(job, ledger),
-            batch_format="pyarrow",
-            batch_size=None,
-            compute=ActorPoolStrategy(
-                min_size=min(settings.actors, chunks),
-                max_size=min(most, chunks),
-                max_tasks_in_flight_per_actor=calls,
-                max_concurrent_calls_per_actor=calls,
-                enable_true_multi_threading=True,
-            ),
-            num_cpus=settings.cpus,
-            num_gpus=actor_gpus(config) or None,
-        )
-        with _Watch(ledger, lambda totals: show(plan, totals)):
+        with data_settings(preserve_order=False), _Watch(ledger, lambda totals: show(plan, totals)):
+            numbers = ray.data.from_arrow([pa.table({"chunk": pa.array([n], pa.int64())}) for n in range(chunks)])
+            failed = numbers.map_batches(
+                TeacherActor,
+                fn_constructor_args=(job, ledger),
+                batch_format="pyarrow",
+                batch_size=None,
+                compute=ActorPoolStrategy(
+                    min_size=min(settings.actors, chunks),
+                    max_size=min(most, chunks),
+                    max_tasks_in_flight_per_actor=calls,
+                    max_concurrent_calls_per_actor=calls,
+                    enable_true_multi_threading=True,
+                ),
+                num_cpus=settings.cpus,
+                num_gpus=actor_gpus(config) or None,
+            )
             for block in failed.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 failures += [(row["id"], row["sample_index"], row["reason"]) for row in block.to_pylist()]
         totals: Totals = ray.get(ledger.totals.remote(), timeout=60)
     finally:
-        context.enable_progress_bars, context.print_on_execution_start = before
         ray.kill(ledger)
     return failures, totals
 
