@@ -10,7 +10,9 @@ its first step, is reported apart.
 * `ours`: what `jobs/sample_teacher.py` runs: Ray Data, the actor pool, every sample written to the store.
 * `ours_double`: the same with twice the questions.
 * `vllm`: `vllm.LLM.generate`, called bare with `n` = K, with the engine settings of ours. The ceiling.
-* `ray_data_llm`: `ray.data.llm` with every row repeated K times, as it keeps one output a request.
+* `vllm_defaults`: the same with vLLM's own settings for a CPU (blocks of 128 tokens instead of 32).
+* `ray_data_llm`: `ray.data.llm` with the engine settings of ours and every row repeated K times, as it keeps one output
+  a request.
 * `transformers`: `generate` in batches of 40 sequences, as one would write it.
 """
 
@@ -35,8 +37,9 @@ QUESTIONS, SAMPLES, TOKENS, TEMPERATURE = 40, 5, 64, 0.7
 QUICK_QUESTIONS, QUICK_TOKENS = 20, 32
 SEQUENCES = 256
 CONTEXT = 2048
-CASES = ("ours", "vllm", "ray_data_llm", "transformers", "ours_double")
-QUICK_CASES = CASES[:4]
+CASES = ("ours", "vllm", "vllm_defaults", "ray_data_llm", "transformers", "ours_double")
+QUICK_CASES = ("ours", "vllm", "ray_data_llm", "transformers")
+PEERS = CASES[1:5]
 
 
 # The cases, each in a process of its own
@@ -68,7 +71,7 @@ def run_ours(questions: int, tokens: int, number: int) -> dict[str, Any]:
     }
 
 
-def run_vllm(questions: int, tokens: int, number: int) -> dict[str, Any]:
+def run_vllm(questions: int, tokens: int, number: int, own_settings: bool = True) -> dict[str, Any]:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "2"}
     import torch
@@ -76,7 +79,12 @@ def run_vllm(questions: int, tokens: int, number: int) -> dict[str, Any]:
 
     begin = time.monotonic()
     torch.set_num_threads(os.cpu_count() or 1)
-    llm = LLM(**_engine_settings(), disable_log_stats=True)
+    settings = _engine_settings()
+    if not own_settings:
+        settings = {
+            key: settings[key] for key in ("model", "dtype", "max_model_len", "enforce_eager", "generation_config")
+        }
+    llm = LLM(**settings, disable_log_stats=True)
     llm.generate(["warm up"], SamplingParams(max_tokens=4), use_tqdm=False)
     started = time.monotonic()
     parameters = SamplingParams(n=SAMPLES, temperature=TEMPERATURE, max_tokens=tokens, ignore_eos=True)
@@ -150,7 +158,16 @@ def run_transformers(questions: int, tokens: int, number: int) -> dict[str, Any]
     return {"tokens": generated, "seconds": time.monotonic() - started, "start_seconds": started - begin}
 
 
-RUNS = {"vllm": run_vllm, "ray_data_llm": run_ray_data_llm, "transformers": run_transformers}
+def run_vllm_defaults(questions: int, tokens: int, number: int) -> dict[str, Any]:
+    return run_vllm(questions, tokens, number, own_settings=False)
+
+
+RUNS = {
+    "vllm": run_vllm,
+    "vllm_defaults": run_vllm_defaults,
+    "ray_data_llm": run_ray_data_llm,
+    "transformers": run_transformers,
+}
 
 
 def run_case(case: str, questions: int, tokens: int, number: int) -> dict[str, Any]:
@@ -177,6 +194,7 @@ def _engine_settings() -> dict[str, Any]:
         "max_num_seqs": SEQUENCES,
         "max_num_batched_tokens": 4096,
         "enable_chunked_prefill": False,
+        "block_size": 32,
         "enable_prefix_caching": True,
         "enforce_eager": True,
         "generation_config": "vllm",
@@ -291,7 +309,7 @@ def report(found: dict[str, list[dict[str, Any]]], file: Path | None) -> None:
         f"ours_over_{peer}": statistics.median(
             mine["speed"] / theirs["speed"] for mine, theirs in zip(found["ours"], found[peer], strict=True)
         )
-        for peer in ("vllm", "ray_data_llm", "transformers")
+        for peer in PEERS
         if peer in found and "ours" in found
     }
     if "ours" in found and "ours_double" in found:
