@@ -184,8 +184,15 @@ class TeacherActor:
         self._lock.share()  # a driver that comes after a kill waits until this process is gone
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
-        """Answer a chunk. Returns what failed (`FAILURES`)."""
-        number = int(batch["chunk"][0].as_py())
+        """Answer a chunk. Returns what failed (`FAILURES`); a row without an id says what the user must mend."""
+        try:
+            failures = await self._answer(int(batch["chunk"][0].as_py()))
+        except UserError as error:  # as an exception it would come through Ray Data without its type
+            self._stopped = str(error)
+            failures = [{"id": None, "sample_index": None, "reason": str(error)}]
+        return pa.Table.from_pylist(failures, schema=FAILURES)
+
+    async def _answer(self, number: int) -> list[dict[str, Any]]:
         if self._starting is None:
             self._starting = asyncio.create_task(self._start())
         self._teacher = await self._starting
@@ -193,13 +200,16 @@ class TeacherActor:
         try:
             done = chunk.done()
             rows = _read_plan(self._job.plan, number * self._job.chunk_batches, self._job.chunk_batches)
-            asked = [self._ask(chunk, row, done) for row in rows]
-            answers = await asyncio.gather(*asked)
+            answers = await asyncio.gather(*(self._ask(chunk, row, done) for row in rows))
             chunk.finish()
+        except OSError as error:
+            raise UserError(
+                f"samples in {self._job.folder} cannot be written: {error.strerror or error}; what was written is "
+                "kept: make room and start again"
+            ) from None
         finally:
             chunk.close()
-        failures = [failure for answer in answers for failure in answer]
-        return pa.Table.from_pylist(failures, schema=FAILURES)
+        return [failure for answer in answers for failure in answer]
 
     async def _start(self) -> TeacherEngine:
         begin = time.time()
@@ -232,7 +242,7 @@ class TeacherActor:
         ]
         usage = self._usage(answered)
         if samples or usage.prompt_tokens:
-            self._write(chunk, samples, usage)
+            chunk.append(samples, usage)
         self._watch(answered)
         if samples or answered.failed:
             self._ledger.add.remote(time.time(), len(samples), len(answered.failed), usage)
@@ -242,15 +252,6 @@ class TeacherActor:
         prices = self._job.config.teacher.endpoint
         cost = answered.prompt_tokens * prices.price_input + answered.completion_tokens * prices.price_output
         return Usage(1, answered.prompt_tokens, answered.completion_tokens, cost / 1e6)
-
-    def _write(self, chunk: Chunk, samples: list[dict[str, Any]], usage: Usage) -> None:
-        try:
-            chunk.append(samples, usage)
-        except OSError as error:
-            raise UserError(
-                f"samples in {self._job.folder} cannot be written: {error.strerror}; what was written is kept: "
-                "make room and start again"
-            ) from None
 
     def _watch(self, answered: Answered) -> None:
         """Stop asking a teacher that answers nothing at all."""
@@ -400,7 +401,10 @@ def _run_pool(
                 num_gpus=actor_gpus(config) or None,
             )
             for block in failed.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                failures += [(row["id"], row["sample_index"], row["reason"]) for row in block.to_pylist()]
+                for row in block.to_pylist():
+                    if row["id"] is None:
+                        raise UserError(row["reason"])
+                    failures.append((row["id"], row["sample_index"], row["reason"]))
         totals: Totals = ray.get(ledger.totals.remote(), timeout=60)
     finally:
         ray.kill(ledger)

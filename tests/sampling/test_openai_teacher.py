@@ -594,6 +594,17 @@ def test_the_job_behind_a_faulty_server_is_complete_in_spite_of_a_kill(proxy: Fa
         assert KEY.encode() not in file.read_bytes(), file
 
 
+def test_a_key_that_is_refused_ends_the_job_with_one_line(refusing: FaultyProxy, tmp_path: Path) -> None:
+    refusing.error = (401, {"error": {"message": f"wrong key {KEY}", "code": "invalid_api_key"}}, {})
+    command = job(tmp_path, tmp_path / "out", refusing.url)
+    environment = {**os.environ, "OPENAI_API_KEY": KEY}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 2, done.stderr
+    assert "refuses the key of $OPENAI_API_KEY" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and KEY not in done.stderr + done.stdout and done.stdout == ""
+    assert len(refusing.seen) <= 12, "a server that refuses the key is not asked on and on"
+
+
 @pytest.mark.slow
 def test_a_budget_ends_the_job_cleanly_and_a_larger_one_goes_on(proxy: FaultyProxy, tmp_path: Path) -> None:
     output = tmp_path / "out"
