@@ -197,6 +197,7 @@ class Chunk:
     folder: Path
     stem: str
     _journal: Any = field(default=None, repr=False)
+    _error: OSError | None = field(default=None, repr=False)
 
     @property
     def part(self) -> Path:
@@ -214,7 +215,13 @@ class Chunk:
         return places
 
     def append(self, rows: Sequence[dict[str, Any]], usage: Usage) -> None:
-        """Write the samples of one question (`STORED_SAMPLES`), and what they took, as one line."""
+        """Write the samples of one question (`STORED_SAMPLES`), and what they took, as one line.
+
+        Raises:
+            OSError: the disk does not take it. Nothing more is written by this object then.
+        """
+        if self._error is not None:
+            raise self._error
         if self._journal is None:
             path = self.folder / f"{self.stem}-{uuid.uuid4().hex[:8]}.jsonl"
             self._journal = path.open("ab", buffering=0)
@@ -222,8 +229,9 @@ class Chunk:
         try:
             if self._journal.write(data) != len(data):
                 raise OSError(errno.ENOSPC, "the disk took only a part of a line", self._journal.name)
-        except OSError:
-            self.close()  # nothing may follow a line that is cut short
+        except OSError as error:
+            self._error = error  # nothing may follow a line that is cut short
+            self.close()
             raise
 
     def finish(self) -> None:
