@@ -187,14 +187,16 @@ def _model_folder() -> str:
 
 def _engine_settings() -> dict[str, Any]:
     """vLLM's settings in `qcrd_ray/sampling/vllm.py`."""
+    from qcrd_ray.sampling.vllm import CPU_BLOCK_TOKENS, CPU_STEP_TOKENS
+
     return {
         "model": _model_folder(),
         "dtype": "bfloat16",
         "max_model_len": CONTEXT,
         "max_num_seqs": SEQUENCES,
-        "max_num_batched_tokens": 4096,
+        "max_num_batched_tokens": CPU_STEP_TOKENS,
         "enable_chunked_prefill": False,
-        "block_size": 32,
+        "block_size": CPU_BLOCK_TOKENS,
         "enable_prefix_caching": True,
         "enforce_eager": True,
         "generation_config": "vllm",

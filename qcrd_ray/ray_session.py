@@ -29,8 +29,6 @@ def ray_session(cpus: float, verbose: bool = False) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # A trainer and a sampler share a laptop's cores: a thread that waits must sleep, not spin.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if ray.is_initialized():
         yield
         return

@@ -95,6 +95,17 @@ def write_text_atomic(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def is_running(process: int) -> bool:
+    """Whether a process of this machine is there."""
+    try:
+        os.kill(process, 0)  # signal 0 only asks
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
     """Append one JSON object as one write, so that a kill leaves whole lines."""
     with path.open("a", encoding="utf-8") as file:

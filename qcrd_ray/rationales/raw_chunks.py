@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ class RawChunk:
         unit: what its rows are numbered by.
         first: rows of the source before the chunk.
         number: line or row number of its first row, from 1.
-        encoding: `lines` of JSON, an `arrow` stream, pickled `rows` ((number, row) each), or an `error`, with which a
+        encoding: `lines` of JSON, an `arrow` stream, `rows` in JSON ((number, row) each), or an `error`, with which a
             source ends that cannot be read further: its text, which so is met in order.
     """
 
@@ -94,7 +93,7 @@ def chunk_rows(chunk: RawChunk) -> Iterator[tuple[int, Place, Row]]:
         except (pa.ArrowException, UnicodeDecodeError) as error:
             raise UserError(f"{chunk.source}: no valid Parquet: {error}") from None
     else:
-        rows = pickle.loads(chunk.payload)
+        rows = json.loads(chunk.payload)
     for number, row in rows:
         yield number, place_at(chunk.source, chunk.unit, number), row
 
@@ -229,7 +228,7 @@ def _row_chunks(
     first = 0
 
     def chunk() -> RawChunk:
-        return RawChunk(source, unit, first, held[0][0], "rows", pickle.dumps(held))
+        return RawChunk(source, unit, first, held[0][0], "rows", json.dumps(held, default=str).encode())
 
     try:
         for row in rows:

@@ -35,8 +35,8 @@ def rows_at(table: pa.Table, rows: Iterable[int]) -> list[dict[str, Any]]:
     return [row for index in rows for row in table.slice(int(index), 1).to_pylist()]
 
 
-class _Chunks:
-    """Cuts a stream of tables into pieces of a fixed number of rows, so that files do not depend on block sizes."""
+class _TableFile:
+    """Takes tables of any size and writes them in pieces of a fixed number of rows, whatever the blocks were."""
 
     def __init__(self, rows: int, schema: pa.Schema, sink: Callable[[pa.Table], None]) -> None:
         self._rows, self._sink = rows, sink
@@ -48,51 +48,41 @@ class _Chunks:
             self._sink(self._held.slice(0, self._rows).combine_chunks())
             self._held = self._held.slice(self._rows)
 
-    def flush(self) -> None:
-        if self._held.num_rows:
+    def _close(self, whole: bool) -> None:
+        """Finish the file; `whole` says that all tables were given."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._held.num_rows:
             self._sink(self._held.combine_chunks())
+        self._close(kind is None)
 
 
-class ParquetParts:
+class ParquetParts(_TableFile):
     """Parquet files `part-00000.parquet` and so on; one at least, so that an empty table has its schema."""
 
     def __init__(self, folder: Path, schema: pa.Schema) -> None:
         folder.mkdir(parents=True)
-        self._folder, self._schema = folder, schema
-        self._parts = 0
-        self._chunks = _Chunks(PARQUET_PART_ROWS, schema, self._write_part)
+        super().__init__(PARQUET_PART_ROWS, schema, self._write_part)
+        self._folder, self._schema, self._parts = folder, schema, 0
 
     def _write_part(self, table: pa.Table) -> None:
         pq.write_table(table, self._folder / f"part-{self._parts:05d}.parquet")
         self._parts += 1
 
-    def write(self, table: pa.Table) -> None:
-        self._chunks.write(table)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._chunks.flush()
-            if not self._parts:
-                self._write_part(self._schema.empty_table())
+    def _close(self, whole: bool) -> None:
+        if whole and not self._parts:
+            self._write_part(self._schema.empty_table())
 
 
-class ArrowFile:
+class ArrowFile(_TableFile):
     """An uncompressed Arrow file in batches of a fixed number of rows."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._writer = pa.ipc.new_file(str(path), schema)
-        self._chunks = _Chunks(ARROW_BATCH_ROWS, schema, self._writer.write_table)
+        super().__init__(ARROW_BATCH_ROWS, schema, self._writer.write_table)
 
-    def write(self, table: pa.Table) -> None:
-        self._chunks.write(table)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._chunks.flush()
+    def _close(self, whole: bool) -> None:
         self._writer.close()

@@ -58,7 +58,8 @@ from qcrd_ray.rationales.table_files import (
     rows_at,
 )
 from qcrd_ray.rationales.taggers import NONE
-from qcrd_ray.rationales.voting import VOTED, InlineTeacher, VotingStage
+from qcrd_ray.rationales.voting import VOTED, AskedTeacher, InlineTeacher, VotingStage
+from qcrd_ray.run_folder import is_running
 from qcrd_ray.tasks import Task, get_task
 
 __all__ = [
@@ -83,17 +84,8 @@ _INDEXED_PART = pa.schema([pa.field("error", pa.string())])
 
 
 @runtime_checkable
-class StoredTeacher(Protocol):
+class StoredTeacher(AskedTeacher, Protocol):
     """A live teacher whose samples are kept in Parquet parts (`STORED_SAMPLES`), which Ray's workers can read."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def simulated(self) -> bool: ...
-
-    @property
-    def fingerprint(self) -> str: ...
 
     @property
     def parts(self) -> tuple[Path, ...]: ...
@@ -392,16 +384,7 @@ def _remove_stale(output: Path) -> None:
     """Remove what killed processes of this host left."""
     for folder in output.glob(f".tables-{socket.gethostname()}-*.tmp"):
         process = folder.name.removesuffix(".tmp").rsplit("-", 1)[1]
-        if not process.isdigit():
-            continue
-        try:
-            os.kill(int(process), 0)  # signal 0 only asks whether the process is there
-            alive = int(process) != os.getpid()
-        except (ProcessLookupError, OverflowError):
-            alive = False
-        except PermissionError:
-            alive = True
-        if not alive:
+        if process.isdigit() and (int(process) == os.getpid() or not is_running(int(process))):
             shutil.rmtree(folder, ignore_errors=True)
 
 

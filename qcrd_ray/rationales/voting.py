@@ -39,8 +39,8 @@ VOTED = pa.schema(
 row's number, tell ids that stand twice. `teachers` stands in the first row of a chunk, for all of the chunk."""
 
 
-class InlineTeacher(Protocol):
-    """A teacher that is asked as the tables are made. It is sent to Ray's workers."""
+class AskedTeacher(Protocol):
+    """Any teacher whose samples somebody has not merely recorded."""
 
     @property
     def name(self) -> str: ...
@@ -50,6 +50,10 @@ class InlineTeacher(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+
+
+class InlineTeacher(AskedTeacher, Protocol):
+    """A teacher that is asked as the tables are made. It is sent to Ray's workers."""
 
     def sample(self, task: Task, question: Question) -> list[TeacherSample]: ...
 

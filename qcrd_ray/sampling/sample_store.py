@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from qcrd_ray.errors import UserError
 from qcrd_ray.rationales.schema import STORED_SAMPLES
-from qcrd_ray.run_folder import write_text_atomic
+from qcrd_ray.run_folder import is_running, write_text_atomic
 
 LOCK_SECONDS = 60.0
 """Time that the actors of a killed run have to end."""
@@ -179,15 +179,7 @@ class SetLock:
 def _is_running(owner: str) -> bool:
     """Whether a lock's owner is a living process of this machine."""
     host, _, process = owner.partition(" process ")
-    if host != socket.gethostname() or not process.isdigit():
-        return False
-    try:
-        os.kill(int(process), 0)  # signal 0 only asks whether the process is there
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
+    return host == socket.gethostname() and process.isdigit() and is_running(int(process))
 
 
 @dataclass

@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +74,7 @@ def check_teacher(config: ExperimentConfig) -> None:
 
 def teacher_cpus(config: ExperimentConfig) -> float:
     """Logical CPUs that sampling and the tables take."""
-    settings = config.teacher
-    local = settings.engine in ("vllm", "transformers")
-    return DATA_CPUS + (settings.max_actors or settings.actors) * settings.cpus * local + settings.cpus * (not local)
+    return DATA_CPUS + (config.teacher.max_actors or config.teacher.actors) * config.teacher.cpus
 
 
 def prepare_tables(
@@ -96,8 +93,8 @@ def prepare_tables(
     Raises:
         UserError: what the user must mend; what was sampled is kept.
     """
-    check_teacher(config)
     if config.teacher.engine not in LIVE or not config.uses_rationales:
+        check_teacher(config)
         scripted = ScriptedTeacher(config) if config.teacher.engine == "scripted" else None
         return Prepared(tables.prepare_tables(config, output, scripted))
     live = LiveTeacher(config)
@@ -189,9 +186,6 @@ def _start_endpoint(config: ExperimentConfig, stop: tuple[str, ...], spent: floa
 
 
 def start_local(config: ExperimentConfig, parameters: SamplingParameters) -> TeacherEngine:
-    if not config.teacher.gpus and (config.teacher.max_actors or config.teacher.actors) == 1:
-        # Alone on its cores, and not yet loaded: threads that spin as they wait are a tenth faster here.
-        os.environ["OMP_WAIT_POLICY"] = "ACTIVE"
     from qcrd_ray.sampling.local_teacher import LocalTeacher
 
     settings = config.teacher

@@ -9,7 +9,7 @@ store, so that no driver ever holds them and a kill finds them there.
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import math
 import threading
 import time
@@ -33,8 +33,6 @@ from qcrd_ray.sampling.sample_store import Chunk, SampleSet, SetLock, StoreIndex
 from qcrd_ray.sampling.teacher_engine import Answered, Ask, TeacherEngine
 from qcrd_ray.sampling.teacher_prompt import PromptBuilder, first_seed, question_key
 from qcrd_ray.tasks import get_task
-
-logger = logging.getLogger(__name__)
 
 FAILURES_IN_A_ROW = 25
 """Questions that fail one after another, none answered between them, after which a teacher is not asked any more."""
@@ -180,6 +178,8 @@ class TeacherActor:
         self._stopped: str | None = None
         settings = job.config.teacher
         self._seeded = settings.engine != "openai" or settings.endpoint.send_seed
+        # Those that are handed to a teacher that answers nothing cannot be taken back.
+        self._handed = asyncio.Semaphore(_questions_handed(job.config))
         self._lock = SetLock(job.folder)
         self._lock.share()  # a driver that comes after a kill waits until this process is gone
 
@@ -201,14 +201,11 @@ class TeacherActor:
             done = chunk.done()
             rows = _read_plan(self._job.plan, number * self._job.chunk_batches, self._job.chunk_batches)
             answers = await asyncio.gather(*(self._ask(chunk, row, done) for row in rows))
-            chunk.finish()
-        except OSError as error:
-            raise UserError(
-                f"samples in {self._job.folder} cannot be written: {error.strerror or error}; what was written is "
-                "kept: make room and start again"
-            ) from None
+            with self._writing():
+                chunk.finish()
         finally:
             chunk.close()
+        self._report_stop()
         return [failure for answer in answers for failure in answer]
 
     async def _start(self) -> TeacherEngine:
@@ -219,10 +216,14 @@ class TeacherActor:
         return teacher
 
     async def _ask(self, chunk: Chunk, row: dict[str, Any], done: set[tuple[int, int]]) -> list[dict[str, Any]]:
-        key = row["key"]
-        missing = tuple(index for index in row["missing"] if (key, index) not in done)
-        if not missing or self._is_stopped():
+        missing = tuple(index for index in row["missing"] if (row["key"], index) not in done)
+        if not missing:
             return []
+        async with self._handed:
+            assert self._teacher is not None
+            return [] if self._teacher.stopped or self._stopped else await self._sample(chunk, row, missing)
+
+    async def _sample(self, chunk: Chunk, row: dict[str, Any], missing: tuple[int, ...]) -> list[dict[str, Any]]:
         assert self._teacher is not None
         choices = tuple(row["choices"]) if row["choices"] is not None else None
         prompt = self._builder.build(Question(row["id"], row["question"], choices=choices))
@@ -230,7 +231,7 @@ class TeacherActor:
         answered = await self._teacher.ask(Ask(row["id"], prompt, missing, seed))
         samples = [
             {
-                "key": key,
+                "key": row["key"],
                 "id": row["id"],
                 "sample_index": index,
                 "text": reply.text.encode("utf-8", "replace").decode(),
@@ -242,11 +243,22 @@ class TeacherActor:
         ]
         usage = self._usage(answered)
         if samples or usage.prompt_tokens:
-            chunk.append(samples, usage)
+            with self._writing():
+                chunk.append(samples, usage)
         self._watch(answered)
         if samples or answered.failed:
             self._ledger.add.remote(time.time(), len(samples), len(answered.failed), usage)
         return [{"id": row["id"], "sample_index": i, "reason": why} for i, why in sorted(answered.failed.items())]
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"samples in {self._job.folder} cannot be written: {error.strerror or error}; what was written is "
+                "kept: make room and start again"
+            ) from None
 
     def _usage(self, answered: Answered) -> Usage:
         prices = self._job.config.teacher.endpoint
@@ -263,12 +275,12 @@ class TeacherActor:
         if self._failed_in_row >= FAILURES_IN_A_ROW and self._stopped is None:
             self._stopped = f"{self._failed_in_row} questions failed one after another, the last with: {reasons[0]}"
 
-    def _is_stopped(self) -> bool:
+    def _report_stop(self) -> None:
+        """Once a chunk: questions that were under way together end without a word as the teacher stops."""
         assert self._teacher is not None
         reason = self._teacher.stopped or self._stopped
         if reason is not None:
             self._ledger.stopped.remote(reason)
-        return reason is not None
 
 
 def sample_missing(
@@ -444,6 +456,12 @@ def _questions_at_once(config: ExperimentConfig) -> int:
     if config.teacher.engine == "openai":
         return config.teacher.endpoint.max_in_flight
     return math.ceil(config.teacher.max_sequences / config.teacher.samples)
+
+
+def _questions_handed(config: ExperimentConfig) -> int:
+    """Enough that a teacher is busy where some wait for a retry, or lack one sample only."""
+    settings = config.teacher
+    return 4 * settings.endpoint.max_in_flight if settings.engine == "openai" else 2 * settings.max_sequences
 
 
 def actor_gpus(config: ExperimentConfig) -> float:

@@ -142,6 +142,8 @@ def _open_run(config: ExperimentConfig, run: RunFolder) -> dict[str, Any] | None
 @contextmanager
 def _ray(config: ExperimentConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.run.placement_timeout_s))
+    # A trainer and a sampler share a laptop's cores: a thread that waits must sleep, not spin.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with ray_session(max(sum(_cpus(config)) + DATA_CPUS, teacher_cpus(config)), config.run.verbose):
         yield
 

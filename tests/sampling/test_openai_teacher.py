@@ -622,6 +622,9 @@ def test_a_budget_ends_the_job_cleanly_and_a_larger_one_goes_on(proxy: FaultyPro
     assert (whole["stopped"], whole["reused"] + whole["sampled"]) == (None, 3 * QUESTIONS)
     assert whole["cost_of_all_samples"] > 2.0
 
+    few = job(tmp_path, tmp_path / "few", proxy.url, *prices, "teacher.endpoint.budget=0.5", "data.limit=6")
+    assert finish(few)["sampling"]["stopped"] == "budget", "all were under way as it ended"
+
 
 @pytest.mark.slow
 def test_questions_that_fail_are_named_and_asked_again(proxy: FaultyProxy, tmp_path: Path) -> None:
