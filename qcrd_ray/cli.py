@@ -10,19 +10,22 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from qcrd_ray.config import ExperimentConfig, config_to_yaml, load_config, option_lines
-from qcrd_ray.errors import TooManyFailures, UserError
+from qcrd_ray.errors import Stopped, TooManyFailures, UserError, find_user_error
 from qcrd_ray.run_folder import write_text_atomic
 
 FAILURES_CODE = 1
 USER_ERROR_CODE = 2
-INTERRUPT_CODE = 130
+SIGNAL_CODE = 128
+"""What a shell adds to the number of the signal that ended a command."""
 
 
 def job_main(
@@ -44,19 +47,35 @@ def job_main(
 
     Returns:
         The exit code: 0, 1 after `TooManyFailures` (with a result), 2 after a `UserError` (one line on standard
-        error), 130 after an interrupt.
+        error), 130 after SIGINT and 143 after SIGTERM (one line on standard error).
     """
-    try:
-        arguments = _parser(job, description).parse_intermixed_args(argv)
+
+    def prepare() -> Callable[[], Mapping[str, Any]] | None:
+        arguments = option_parser(f"jobs/{job}.py", description).parse_intermixed_args(argv)
         config = load_config(arguments.config, arguments.overrides)
         if arguments.show_config:
             print(config_to_yaml(config), end="", flush=True)
+            return None
+        return lambda: run(config)
+
+    return run_job(prepare)
+
+
+def run_job(prepare: Callable[[], Callable[[], Mapping[str, Any]] | None]) -> int:
+    """Do a job and print its result as the last line of standard output; see `job_main`.
+
+    Args:
+        prepare: reads the command line and returns the job, or None where there is nothing to do.
+    """
+
+    def work() -> int:
+        job = prepare()
+        if job is None:
             return 0
-        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s")
-        stdout = _keep_standard_output()
+        stdout = _begin()
         failures: TooManyFailures | None = None
         try:
-            result = run(config)
+            result = job()
         except TooManyFailures as error:
             failures, result = error, error.result
         line = result_line(result)
@@ -66,9 +85,56 @@ def job_main(
         stdout.write(line + "\n")
         stdout.flush()
         return 0 if failures is None else FAILURES_CODE
+
+    return _exit_code(work)
+
+
+def run_filter(prepare: Callable[[], Callable[[TextIO], None]]) -> int:
+    """Do a job that writes lines to standard output as it works, and nothing else gets there; see `job_main`.
+
+    Args:
+        prepare: reads the command line and returns the job, which gets the file to write to.
+
+    Returns:
+        The exit code, 141 where the reader of a pipe has gone, as `head` does; nothing is said of that.
+    """
+
+    def work() -> int:
+        job = prepare()
+        stdout = _begin()
+        try:
+            job(stdout)
+            stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # what is left in the file goes nowhere
+            return SIGNAL_CODE + signal.SIGPIPE
+        return 0
+
+    return _exit_code(work)
+
+
+def _begin() -> TextIO:
+    """Logs to standard error, and all that is printed too; gives back a file on standard output."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s")
+    if not sys.stderr.isatty():
+        # Ray says how often a line was repeated in colour, always, and reads this when it is imported.
+        os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    return _keep_standard_output()
+
+
+def _exit_code(work: Callable[[], int]) -> int:
+    """The exit code of a job, one line on standard error where it did not end well; see `job_main`."""
+    received: list[int] = []
+    _interrupt_on_sigterm(received)
+    try:
+        return work()
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr, flush=True)
+        return SIGNAL_CODE + (stopped.signal or signal.SIGTERM)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return INTERRUPT_CODE
+        number = received[0] if received else signal.SIGINT
+        print(f"interrupted by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+        return SIGNAL_CODE + number
     except Exception as error:
         user_error = find_user_error(error)
         if user_error is None:
@@ -77,21 +143,15 @@ def job_main(
         return USER_ERROR_CODE
 
 
-def find_user_error(error: BaseException) -> UserError | None:
-    """The UserError in an exception or in what it wraps (Ray wraps what its tasks and workers raise)."""
-    seen: set[int] = set()
-    todo: list[Any] = [error]
-    while todo:
-        current = todo.pop(0)
-        if not isinstance(current, BaseException) or id(current) in seen:
-            continue
-        seen.add(id(current))
-        cause = getattr(current, "cause", None)
-        if isinstance(current, UserError) and not isinstance(cause, UserError):
-            return current
-        failures = getattr(current, "worker_failures", None)
-        todo += [cause, current.__cause__, *(failures.values() if isinstance(failures, dict) else ())]
-    return None
+def _interrupt_on_sigterm(received: list[int]) -> None:
+    """Have SIGTERM do what SIGINT does, so that whatever works ends in good order, and note that it came."""
+
+    def receive(number: int, frame: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, receive)
 
 
 def result_line(result: Mapping[str, Any]) -> str:
@@ -109,12 +169,21 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; options are written key=value, for example optim.lr=1e-4, see --help")
 
 
-def _parser(job: str, description: str) -> argparse.ArgumentParser:
+def option_parser(
+    program: str, description: str, options: str = "", more: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """A parser of `--config FILE`, `--show-config` and `key=value`. Its errors are UserErrors.
+
+    Args:
+        program: path of the job's file.
+        options: usage of options that the job adds.
+        more: lines of help before those of the config's keys.
+    """
     parser = _Parser(
-        prog=f"python jobs/{job}.py",
-        usage=f"python jobs/{job}.py [--config FILE] [--show-config] [key=value ...]",
+        prog=f"python {program}",
+        usage=f"python {program} [--config FILE] {options}[--show-config] [key=value ...]",
         description=description,
-        epilog="\n".join(_option_help()),
+        epilog="\n".join([*more, *_option_help()]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -127,11 +196,16 @@ def _parser(job: str, description: str) -> argparse.ArgumentParser:
 def _option_help() -> Iterator[str]:
     yield "keys of the config:"
     for key, kind, default, description in option_lines():
-        yield f"  {key}  ({kind}, default {default})"
-        yield from textwrap.wrap(description, 110, initial_indent="      ", subsequent_indent="      ")
+        yield from key_help(key, kind, default, description)
 
 
-def _keep_standard_output() -> Any:
+def key_help(key: str, kind: str, default: str, description: str) -> Iterator[str]:
+    """The lines of help of one key."""
+    yield f"  {key}  ({kind}, default {default})"
+    yield from textwrap.wrap(description, 110, initial_indent="      ", subsequent_indent="      ")
+
+
+def _keep_standard_output() -> TextIO:
     """Point descriptor 1 at standard error, for this process and its children; return a file on the old one."""
     sys.stdout.flush()
     kept = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -150,6 +224,6 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if hasattr(value, "item"):
         return _plain(value.item())
-    if isinstance(value, Path):
+    if isinstance(value, os.PathLike):
         return str(value)
     raise TypeError(f"a result holds {type(value).__name__}, which JSON has no form for")

@@ -23,3 +23,49 @@ class TooManyFailures(Exception):
     def __init__(self, message: str, result: Mapping[str, Any]) -> None:
         super().__init__(" ".join(message.split()))
         self.result = result
+
+
+class Stopped(Exception):
+    """A run that was asked to end before its last step, or a sweep before its last trial. The same command goes on.
+
+    Args:
+        step: of the newest checkpoint, 0 without one; of a sweep, trials that are finished.
+        steps: that there were to be.
+        signal: number of the signal that asked, None where none did.
+        unit: what is counted.
+    """
+
+    def __init__(self, step: int, steps: int, signal: int | None = None, unit: str = "step") -> None:
+        message = f"stopped at {unit} {step} of {steps}; the same command goes on from there"
+        if not step and unit == "step":
+            message = f"stopped before the first checkpoint of {steps} steps; start it again"
+        super().__init__(message)
+        self.step = step
+        self.steps = steps
+        self.signal = signal
+        self.unit = unit
+
+    def __reduce__(self) -> tuple[type[Stopped], tuple[int, int, int | None, str]]:
+        return type(self), (self.step, self.steps, self.signal, self.unit)
+
+
+def find_user_error(error: BaseException) -> UserError | None:
+    """The UserError in an exception or in what it wraps (Ray wraps what its tasks and workers raise)."""
+    seen: set[int] = set()
+    todo: list[Any] = [error]
+    while todo:
+        current = todo.pop(0)
+        if not isinstance(current, BaseException) or id(current) in seen:
+            continue
+        seen.add(id(current))
+        cause = getattr(current, "cause", None)
+        if isinstance(current, UserError) and not isinstance(cause, UserError):
+            return current
+        failures = getattr(current, "worker_failures", None)
+        todo += [
+            cause,
+            current.__cause__,
+            getattr(current, "controller_failure", None),
+            *(failures.values() if isinstance(failures, dict) else ()),
+        ]
+    return None

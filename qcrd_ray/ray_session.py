@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +32,8 @@ def ray_session(cpus: float, verbose: bool = False) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     if ray.is_initialized():
         yield
         return
@@ -49,16 +54,26 @@ def start_ray(cpus: float = 1.0, verbose: bool = False) -> None:
     if ray.is_initialized():
         return
     settings: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.WARNING}
-    if "RAY_ADDRESS" in os.environ:
+    if "RAY_ADDRESS" not in os.environ:
+        settings |= {
+            "address": "local",
+            "num_cpus": max(os.cpu_count() or 1, math.ceil(cpus)),
+            "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+    with _sigterm_as_it_is():
         ray.init(**settings)
-        return
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
-        object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        **settings,
-    )
+
+
+@contextmanager
+def _sigterm_as_it_is() -> Iterator[None]:
+    """Keep a handler of SIGTERM that somebody has set: `ray.init` sets one of its own, which exits without a word."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before not in (signal.SIG_DFL, None) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

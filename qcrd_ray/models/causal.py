@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcrd_ray.models.student import Item, Student, mean_by_owner, token_cross_entropy
+from qcrd_ray.models.student import Item, Student, losses_of_targets
 from qcrd_ray.tasks.prompts import StudentTokenizer
 
 PROMPT = 0
@@ -31,17 +31,15 @@ class CausalStudent(Student):
     def padded_tokens(self, items: Sequence[Item]) -> int:
         return len(items) * max(_row_length(item) for item in items)
 
-    def forward(self, items: Sequence[Item]) -> Tensor:
+    def forward(self, items: Sequence[Item], peaks_of: Sequence[int] | None = None) -> Tensor | tuple[Tensor, Tensor]:
         device = self.device
         length = max(_row_length(item) for item in items)
         ids = torch.full((len(items), length), self.tokenizer.pad)
         position = torch.zeros((len(items), length), dtype=torch.long)
         segment = torch.full((len(items), length), PADDING)
-        # For each predicted token: where its prediction stands in the flattened rows, the token, and whose it is.
+        # For each predicted token: where its prediction stands in the flattened rows, and the token.
         source: list[int] = []
         wanted: list[int] = []
-        owner: list[int] = []
-        number = 0
         for row, item in enumerate(items):
             prompt = len(item.prompt)
             ids[row, :prompt] = torch.tensor(list(item.prompt))
@@ -57,9 +55,7 @@ class CausalStudent(Student):
                 source.append(base + prompt - 1)
                 source.extend(range(base + at, base + at + inputs))
                 wanted.extend(target)
-                owner.extend([number] * len(target))
                 at += inputs
-                number += 1
         hidden = self.model.model(
             input_ids=ids.to(device),
             position_ids=position.to(device),
@@ -67,8 +63,9 @@ class CausalStudent(Student):
             use_cache=False,
         ).last_hidden_state
         picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, torch.tensor(source, device=device))
-        ce = token_cross_entropy(self.model.lm_head, picked, torch.tensor(wanted, device=device))
-        return mean_by_owner(ce, torch.tensor(owner, device=device), number)
+        tokens = torch.tensor(wanted, device=device)
+        lengths = [len(target) for item in items for target in item.targets]
+        return losses_of_targets(self.model.lm_head, picked, tokens, lengths, peaks_of)
 
 
 def _row_length(item: Item) -> int:

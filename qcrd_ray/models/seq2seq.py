@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcrd_ray.models.student import Item, Student, mean_by_owner, token_cross_entropy
+from qcrd_ray.models.student import Item, Student, losses_of_targets
 from qcrd_ray.tasks.prompts import StudentTokenizer
 
 
@@ -25,7 +25,7 @@ class Seq2SeqStudent(Student):
         prompts = len(items) * max(len(item.prompt) for item in items)
         return prompts + sum(len(item.targets) for item in items) * longest
 
-    def forward(self, items: Sequence[Item]) -> Tensor:
+    def forward(self, items: Sequence[Item], peaks_of: Sequence[int] | None = None) -> Tensor | tuple[Tensor, Tensor]:
         device = self.device
         pad = self.tokenizer.pad
         prompt_ids, prompt_mask = _pad([item.prompt for item in items], pad, device)
@@ -47,9 +47,8 @@ class Seq2SeqStudent(Student):
         hidden = decoded[real]
         if getattr(self.model.config, "scale_decoder_outputs", False):
             hidden = hidden * self.model.model_dim**-0.5
-        ce = token_cross_entropy(self.model.lm_head, hidden, target_ids[real])
-        row = torch.arange(len(targets), device=device).unsqueeze(1).expand_as(target_ids)[real]
-        return mean_by_owner(ce, row, len(targets))
+        lengths = [len(target) for target in targets]
+        return losses_of_targets(self.model.lm_head, hidden, target_ids[real], lengths, peaks_of)
 
 
 def _pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,10 @@ that an engine which wraps the module sees every use of its parameters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,18 @@ from torch import Tensor, nn
 
 from qcrd_ray.config import StudentConfig
 from qcrd_ray.errors import UserError
+from qcrd_ray.models.embedded import embedded_student
+from qcrd_ray.models.scratch import VOCABULARY, scratch_config
+from qcrd_ray.objectives.mutual_information import peak_of
+from qcrd_ray.run_folder import SCRATCH_STUDENT, RunFolder
 from qcrd_ray.tasks.prompts import StudentTokenizer, load_tokenizer
 
+if TYPE_CHECKING:
+    from qcrd_ray.models.lora import Lora
+
 TOKENS_TOGETHER = 512
+DROPOUTS = ("dropout_rate", "attention_dropout", "dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop")
+"""What the families of transformers call the probabilities that `student.dropout` sets."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +48,28 @@ class Item:
 
 
 class Student(nn.Module):
-    """A language model whose `forward` gives the mean cross-entropy of every target under its prompt."""
+    """A language model whose `forward` gives the mean cross-entropy of every target under its prompt.
+
+    Attributes:
+        lora: of the adapters, where only those are trained.
+    """
 
     model: Any
     tokenizer: StudentTokenizer
     is_seq2seq: bool
+    lora: Lora | None = None
 
-    def forward(self, items: Sequence[Item]) -> Tensor:
+    def forward(self, items: Sequence[Item], peaks_of: Sequence[int] | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Cross-entropies of one pass.
 
         Args:
             items: P prompts with R_p targets each; a target has at least one token.
+            peaks_of: places among the N targets whose peaks are wanted too.
 
         Returns:
             [N] float32, N = Σ R_p, in the order of the items and their targets: the mean over a target's tokens of
-            -log p(token | prompt, tokens before it), in nats.
+            -log p(token | prompt, tokens before it), in nats. With `peaks_of`, behind them [len(peaks_of), V] float32:
+            the highest probability that any position of the target gives each word of the vocabulary.
         """
         raise NotImplementedError
 
@@ -126,6 +142,27 @@ def token_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor) -> Ten
     return torch.cat([F.cross_entropy(head(part).float(), wanted, reduction="none") for part, wanted in parts])
 
 
+def losses_of_targets(
+    head: nn.Module, hidden: Tensor, tokens: Tensor, lengths: Sequence[int], peaks_of: Sequence[int] | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What `Student.forward` returns.
+
+    Args:
+        hidden: [T, d], the states that predict the targets' tokens, target after target.
+        tokens: [T].
+        lengths: of the N targets; they add up to T.
+    """
+    count = len(lengths)
+    owner = torch.tensor([place for place, length in enumerate(lengths) for _ in range(length)], device=hidden.device)
+    if peaks_of is None:
+        return mean_by_owner(token_cross_entropy(head, hidden, tokens), owner, count)
+    logits = head(hidden).float()
+    ce = mean_by_owner(F.cross_entropy(logits, tokens, reduction="none"), owner, count)
+    of_target = logits.split(list(lengths))
+    peaks = [peak_of(of_target[place]) for place in peaks_of]
+    return ce, torch.stack(peaks) if peaks else logits.new_zeros(0, logits.shape[-1])
+
+
 def mean_by_owner(values: Tensor, owner: Tensor, count: int) -> Tensor:
     """Mean of `values` [T] over the tokens of each owner 0..count-1 -> [count]."""
     sums = values.new_zeros(count).index_add(0, owner, values)
@@ -139,24 +176,71 @@ def load_student(model: str, config: StudentConfig, dtype: torch.dtype = torch.f
     Raises:
         UserError: there is no such model, or it is neither encoder-decoder nor decoder-only.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    shape = hub_config(model, config)
+    network = _auto_class(shape).from_pretrained(
+        model, config=shape, dtype=dtype, trust_remote_code=config.trust_remote_code, attn_implementation="sdpa"
+    )
+    return as_student(network, load_tokenizer(model, config), config)
 
+
+def as_student(network: Any, tokenizer: StudentTokenizer, config: StudentConfig) -> Student:
+    """A network of transformers as a student of its family."""
     from qcrd_ray.models.causal import CausalStudent
     from qcrd_ray.models.seq2seq import Seq2SeqStudent
 
-    hub_config = check_student(model, config)
-    if config.dropout is not None:
-        for name in ("dropout_rate", "attention_dropout", "dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop"):
-            if hasattr(hub_config, name):
-                setattr(hub_config, name, config.dropout)
-    auto = AutoModelForSeq2SeqLM if hub_config.is_encoder_decoder else AutoModelForCausalLM
-    network = auto.from_pretrained(
-        model, config=hub_config, dtype=dtype, trust_remote_code=config.trust_remote_code, attn_implementation="sdpa"
-    )
     if config.gradient_checkpointing:
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    tokenizer = load_tokenizer(model, config)
-    return (Seq2SeqStudent if hub_config.is_encoder_decoder else CausalStudent)(network, tokenizer)
+    return (Seq2SeqStudent if network.config.is_encoder_decoder else CausalStudent)(network, tokenizer)
+
+
+def hub_config(
+    model: str,
+    config: StudentConfig,
+    vocabulary: int = VOCABULARY,
+    read: Callable[[str, StudentConfig], Any] | None = None,
+) -> Any:
+    """The transformers config of any `student.model`, with `student.dropout` applied.
+
+    Args:
+        vocabulary: of a scratch student, whose tokenizer is learned from the data.
+        read: finds the config of a folder or a Hugging Face name; default: `check_student`.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    if model.startswith("scratch:"):
+        found = scratch_config(model.removeprefix("scratch:"), vocabulary)
+    else:
+        if model.startswith("embedded:"):
+            model = str(embedded_student(model.removeprefix("embedded:")))
+        found = (read or check_student)(model, config)
+    if config.dropout is not None:
+        for name in DROPOUTS:
+            if hasattr(found, name):
+                setattr(found, name, config.dropout)
+    return found
+
+
+def empty_network(shape: Any, config: StudentConfig, dtype: torch.dtype = torch.float32) -> Any:
+    """The network of a transformers config, no weights loaded; under `torch.device("meta")` it has none at all."""
+    return _auto_class(shape).from_config(
+        shape, dtype=dtype, trust_remote_code=config.trust_remote_code, attn_implementation="sdpa"
+    )
+
+
+def _auto_class(shape: Any) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if shape.is_encoder_decoder else AutoModelForCausalLM
+
+
+def local_model(run: RunFolder, model: str) -> str:
+    """Where this process loads a `student.model` from; a scratch student was written into the run's folder."""
+    if model.startswith("embedded:"):
+        return str(embedded_student(model.removeprefix("embedded:")))
+    if model.startswith("scratch:"):
+        return str(run.get_folder(SCRATCH_STUDENT))
+    return model
 
 
 def check_student(model: str, config: StudentConfig) -> Any:

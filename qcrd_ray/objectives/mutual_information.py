@@ -57,20 +57,35 @@ def mutual_information_loss(
     if questions is not None and questions < 1:
         raise ValueError(f"questions: expected at least 1, found {questions}")
 
-    both = rationale_mask.any(dim=1) & label_mask.any(dim=1)
-    predicted = _highest_probability(rationale_logits, rationale_mask)
-    target = _highest_probability(label_logits.detach(), label_mask)
-    parts = torch.where(both, -(target * F.log_softmax(predicted, dim=-1)).sum(dim=-1), 0.0)
+    parts = [
+        cross_entropy_of_peaks(peak_of(rationale[real]), peak_of(label[stated]))
+        for rationale, label, real, stated in zip(
+            rationale_logits, label_logits.detach(), rationale_mask, label_mask, strict=True
+        )
+        if real.any() and stated.any()
+    ]
+    nothing = _wide(rationale_logits[:0]).sum()
     divisor = max(rationale_logits.shape[0], 1) if questions is None else questions
-    return weight * parts.sum() / divisor
+    return weight * (torch.stack(parts).sum() if parts else nothing) / divisor
 
 
-def _highest_probability(logits: Tensor, mask: Tensor) -> Tensor:
-    """Highest probability of each word over the valid positions, 0 without one: [B, T, V], [B, T] -> [B, V]."""
-    if logits.shape[1] == 0:
-        return logits.sum(dim=1)
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    valid = mask[:, :, None]
-    probability = torch.where(valid, logits, 0.0).softmax(dim=-1)  # the gradient of a softmax over NaN is NaN
-    return torch.where(valid, probability, 0.0).amax(dim=1)
+def cross_entropy_of_peaks(rationale_peak: Tensor, label_peak: Tensor) -> Tensor:
+    """-Σ_v q_v log softmax(p)_v of each question, p and q the highest probabilities that any position gives word v.
+
+    Args:
+        rationale_peak: [..., V], p, of the rationale task.
+        label_peak: [..., V], q, of the label task; never differentiated.
+
+    Returns:
+        [...], in the dtype of the peaks.
+    """
+    return -(label_peak.detach() * F.log_softmax(rationale_peak, dim=-1)).sum(dim=-1)
+
+
+def peak_of(logits: Tensor) -> Tensor:
+    """Highest probability that any of T positions gives each word: [T, V], T >= 1 -> [V], float32 or float64."""
+    return _wide(logits).softmax(dim=-1).amax(dim=0)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

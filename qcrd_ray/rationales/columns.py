@@ -136,6 +136,10 @@ class Columns:
             choices=choices,
         )
 
+    def asked(self, row: Row, place: Place) -> tuple[str, tuple[str, ...] | None]:
+        """A question's text and options alone. Raises UserError."""
+        return self._question_text(row, place), self._choices(row, place)[0]
+
     def _question_text(self, row: Row, place: Place) -> str:
         column = self._column(row, "question")
         if column is not None:

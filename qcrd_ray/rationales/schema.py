@@ -115,6 +115,21 @@ NEGATIVES = pa.schema(
 """One row for each (epoch, step, id, negative_index), from which its seed is hashed. `mean_logprob` is raw, at
 temperature 1, under the snapshot that made it."""
 
+OBSERVATIONS = pa.schema(
+    [
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("question", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("temperature", pa.float32()),
+        pa.field("rationale", pa.string(), nullable=False),
+        pa.field("score", pa.float32()),
+    ]
+)
+"""Rationales of a trained run to look at. `question`: as the student reads it. `kind`: `positive` and `negative`, the
+teacher's by its vote, or `student`, sampled from the student that the run keeps. `score`: the discriminator's, in
+[0, 1], null without one."""
+
 
 @dataclass(frozen=True)
 class Question:

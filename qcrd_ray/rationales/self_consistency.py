@@ -227,6 +227,8 @@ def vote_and_tally(
         parsed = [group >= 0 for group in result.groups]
         positives = tuple(s.rationale for s, ok in zip(samples, right, strict=True) if ok)
         negatives = tuple(s.rationale for s, p, ok in zip(samples, parsed, right, strict=True) if p and not ok)
+    elif result is not None and config.positives == "first":
+        positives = (samples[0].rationale,)
     elif result is not None:
         positives, negatives = result.positives, result.negatives
     if config.uses_rationales and not positives:

@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from qcrd_ray.config import ExperimentConfig, config_to_yaml
 from qcrd_ray.rationales.order import DataOrder
-from qcrd_ray.rationales.tables import open_rationale_table
+from qcrd_ray.rationales.tables import open_rationale_table, rows_at
+from qcrd_ray.run_folder import TOKENIZER, RunFolder
 from qcrd_ray.tasks.prompts import EXPLAIN, PREDICT, SEPARATOR
 
 STEPS_PER_BLOCK = 16
@@ -59,12 +60,10 @@ class StreamSpec:
     """What the pipeline's tasks need; small, sent to each of them.
 
     Attributes:
-        table: path of `train.arrow`.
-        model: where the student's tokenizer is loaded from.
+        run: holds the training table and the student's tokenizer.
     """
 
-    table: str
-    model: str
+    run: RunFolder
     config: ExperimentConfig
     rank: int
     world: int
@@ -115,25 +114,30 @@ def _read(steps: range, spec: StreamSpec) -> list[pa.Table]:
 
 def read_steps(numbers: Iterable[int], spec: StreamSpec) -> pa.Table:
     """A row a step, with the rank's questions as a list of structs."""
-    table, order = _open(spec.table, spec.config.train.batch_size, spec.config.train.seed)
+    table, order = training_table(spec.run, spec.config)
     steps = []
     for step in numbers:
         share = order.share(step, spec.rank, spec.world)
-        records = table.take(pa.array(share)).to_pylist()
+        records = rows_at(table, share)
         rows = [asdict(_tokenize(int(row), record, spec)) for row, record in zip(share, records, strict=True)]
         steps.append({"step": step, "epoch": order.epoch_of(step), "global_size": len(order.batch(step)), "rows": rows})
     return pa.Table.from_pylist(steps, schema=_SCHEMA)
 
 
 @lru_cache(maxsize=4)
-def _open(path: str, batch_size: int, seed: int) -> tuple[pa.Table, DataOrder]:
-    table = open_rationale_table(path)
+def _open(run: RunFolder, batch_size: int, seed: int) -> tuple[pa.Table, DataOrder]:
+    table = open_rationale_table(run.table("train"))
     return table, DataOrder(table.num_rows, batch_size, seed)
 
 
-def training_order(path: str, config: ExperimentConfig) -> DataOrder:
-    """The order of the table at `path` under the config's seed and batch size."""
-    return _open(path, config.train.batch_size, config.train.seed)[1]
+def training_table(run: RunFolder, config: ExperimentConfig) -> tuple[pa.Table, DataOrder]:
+    """A run's training table, and its order under the config's seed and batch size."""
+    return _open(run, config.train.batch_size, config.train.seed)
+
+
+@lru_cache(maxsize=2)
+def _tokenizer_folder(run: RunFolder) -> str:
+    return str(run.get_folder(TOKENIZER))
 
 
 @lru_cache(maxsize=2)
@@ -154,7 +158,7 @@ def student_tools(model: str, config: ExperimentConfig) -> tuple[Any, Any]:
 
 
 def _tokenize(row: int, record: dict[str, Any], spec: StreamSpec) -> TrainingRow:
-    tokenizer, task = student_tools(spec.model, spec.config)
+    tokenizer, task = student_tools(_tokenizer_folder(spec.run), spec.config)
     limits = spec.config.student
     text = task.student_input(record["question"], record["choices"])
     predict, predict_cut = tokenizer.prompt(PREDICT, text)

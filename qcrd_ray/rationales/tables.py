@@ -32,7 +32,16 @@ from qcrd_ray.config import ExperimentConfig, config_to_yaml
 from qcrd_ray.errors import UserError
 from qcrd_ray.rationales.augmentation import AUGMENTED, augmentation_tagger, write_augmented
 from qcrd_ray.rationales.columns import Columns
-from qcrd_ray.rationales.counts import Counts, Drops, HeldOutCounts, TrainCounts, TrainTally, describe_drops
+from qcrd_ray.rationales.counts import (
+    IDS_SHOWN,
+    Counts,
+    DroppedCount,
+    Drops,
+    HeldOutCounts,
+    TrainCounts,
+    TrainTally,
+    describe_drops,
+)
 from qcrd_ray.rationales.raw_chunks import CHUNKS, chunks_as_tables, chunks_of_table, file_chunks, raw_chunks
 from qcrd_ray.rationales.ray_data import stream_tables
 from qcrd_ray.rationales.sample_index import PartWriter, SampleIndex, StoredGroup, merge, stored_groups
@@ -60,6 +69,7 @@ from qcrd_ray.rationales.table_files import (
 from qcrd_ray.rationales.taggers import NONE
 from qcrd_ray.rationales.voting import VOTED, AskedTeacher, InlineTeacher, VotingStage
 from qcrd_ray.run_folder import is_running
+from qcrd_ray.seeding import stable_hash
 from qcrd_ray.tasks import Task, get_task
 
 __all__ = [
@@ -78,6 +88,8 @@ log = logging.getLogger(__name__)
 
 TRAIN = "train"
 RECORDED = "recorded"
+BEYOND_SHARE = "beyond_share"
+"""Why a usable question is not used: `data.share`."""
 _LEAST_INDEX_BYTES, _MOST_INDEX_BYTES, _INDEX_PARTS = 8 << 20, 64 << 20, 64
 """A flat table becomes about that many parts of its index, of that many bytes each: a look-up opens all it needs."""
 _INDEXED_PART = pa.schema([pa.field("error", pa.string())])
@@ -165,7 +177,8 @@ def write_rationale_sets(
     """Vote over a split and write `teacher_samples/`, `rationale_sets/` and `<split>.arrow` into a folder.
 
     Rows keep the order of the source. With `data.limit` the reading ends at the last question used; that of a teacher
-    that is asked at the last question asked, used or not.
+    that is asked at the last question asked, used or not. With `data.share` the two tables of rationale sets hold that
+    share of the usable questions; the samples, and the statistics over them, are those of all.
     """
     tally = TrainTally(config.teacher.samples)
     limit = config.data.limit
@@ -202,6 +215,12 @@ def write_rationale_sets(
     if wanted:
         check_teachers(config, known)
     counts = tally.result()
+    if config.data.share < 1.0 and counts.used:
+        left_out = _keep_share(out_dir, split, config.data.share)
+        dropped = DroppedCount(count=len(left_out), ids=tuple(left_out[:IDS_SHOWN]))
+        counts = counts.model_copy(
+            update={"used": counts.used - len(left_out), "dropped": {**counts.dropped, BEYOND_SHARE: dropped}}
+        )
     if not counts.used:
         raise UserError(
             f"no question of the split {split!r} in {config.data.path} can be used: {describe_drops(counts.dropped)}; "
@@ -346,6 +365,30 @@ def _first_used(block: pa.Table, wanted: int) -> tuple[pa.Table, bool]:
         if used == wanted:
             return block.slice(0, index + 1), True
     return block, False
+
+
+def _keep_share(folder: Path, split: str, share: float) -> list[str]:
+    """Cut `rationale_sets/` and `<split>.arrow` down to a share of their questions. Gives the ids that went.
+
+    A hash of the ids ranks the questions, so that a smaller share is part of a larger one.
+    """
+    path = folder / f"{split}.arrow"
+    table = open_rationale_table(path)
+    ids = table["id"].to_pylist()
+    ranked = sorted(range(len(ids)), key=lambda row: (stable_hash("share", ids[row]), row))
+    kept = np.zeros(len(ids), dtype=bool)
+    kept[ranked[: max(1, round(share * len(ids)))]] = True
+    shutil.rmtree(folder / "rationale_sets")
+    smaller = path.with_suffix(".share")
+    with ParquetParts(folder / "rationale_sets", RATIONALE_SETS) as sets, ArrowFile(smaller, RATIONALE_SETS) as arrow:
+        row = 0
+        for batch in table.to_batches():
+            part = pa.Table.from_batches([batch]).filter(pa.array(kept[row : row + batch.num_rows]))
+            sets.write(part)
+            arrow.write(part)
+            row += batch.num_rows
+    os.replace(smaller, path)
+    return [name for name, stays in zip(ids, kept, strict=True) if not stays]
 
 
 def _flat_samples(block: pa.Table) -> pa.Table:

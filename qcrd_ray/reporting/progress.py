@@ -1,42 +1,28 @@
-"""Progress of a run on standard error: stages, and a line every few steps, read from the run's own metrics."""
+"""Progress of a run on standard error: stages, and a line every few steps."""
 
 from __future__ import annotations
 
-import json
-import threading
 import time
-from typing import Any, Self
+from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from qcrd_ray.config import ExperimentConfig
 from qcrd_ray.rationales.counts import Counts, describe_drops
+from qcrd_ray.reporting.console import standard_error
 from qcrd_ray.run_folder import RunFolder
-
-POLL_SECONDS = 0.5
 
 
 class Progress:
-    """Prints stages as they begin and, once `follow` was called, the steps as they are done."""
+    """Prints stages as they begin, and what a follower tells it of the steps and evaluations."""
 
     def __init__(self, run: RunFolder, config: ExperimentConfig) -> None:
-        self.run = run
         self.config = config
-        self.console = Console(stderr=True, highlight=False)
+        self.console = standard_error()
         self.begin = time.monotonic()
-        self.stop = threading.Event()
-        self.thread: threading.Thread | None = None
-
-    def __enter__(self) -> Self:
-        self.console.print(f"[bold]{escape(str(self.run.root))}[/bold]")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        if self.thread:
-            self.thread.join(timeout=5)
+        self.window: list[dict[str, Any]] = []
+        self.console.print(f"[bold]{escape(str(run))}[/bold]", soft_wrap=True)
 
     def _print(self, text: str) -> None:
         self.console.print(f"{clock(time.monotonic() - self.begin):>7}  {escape(text)}", soft_wrap=True)
@@ -62,31 +48,16 @@ class Progress:
         if train.dropped:
             self._print(f"not used: {describe_drops(train.dropped)}")
 
-    def follow(self) -> None:
-        """Begin to print steps from `metrics.jsonl` in a thread."""
-        self.thread = threading.Thread(target=self._follow, daemon=True)
-        self.thread.start()
+    def record(self, record: dict[str, Any], before: bool) -> None:
+        if not before:
+            self._show(record)
 
-    def _follow(self) -> None:
-        position = self.run.metrics.stat().st_size if self.run.metrics.exists() else 0
-        window: list[dict[str, Any]] = []
-        while True:
-            ended = self.stop.is_set()
-            if self.run.metrics.exists():
-                size = self.run.metrics.stat().st_size
-                position = 0 if size < position else position
-                with self.run.metrics.open("rb") as file:
-                    file.seek(position)
-                    for raw in file:
-                        if not raw.endswith(b"\n"):
-                            break
-                        position += len(raw)
-                        self._show(json.loads(raw), window)
-            if ended:
-                return
-            self.stop.wait(POLL_SECONDS)
+    def evaluation(self, entry: dict[str, Any], before: bool) -> None:
+        if not before:
+            self._print(f"step {entry['step']}: accuracy {entry['accuracy']:.3f} on {entry['n']} of {entry['split']}")
 
-    def _show(self, record: dict[str, Any], window: list[dict[str, Any]]) -> None:
+    def _show(self, record: dict[str, Any]) -> None:
+        window = self.window
         if "judge_pretrained_steps" in record:
             self._print(
                 f"judge pretrained for {record['judge_pretrained_steps']} steps: mean score "
@@ -121,7 +92,7 @@ class Progress:
 
 def show_result(result: dict[str, Any]) -> None:
     """The table before / after, and the example questions, on standard error."""
-    console = Console(stderr=True, highlight=False)
+    console = standard_error()
     accuracy, negatives = result["accuracy"], result["negatives"]
     table = Table(title=f"{result['name']}: accuracy on {accuracy['n']} questions of {accuracy['split']}")
     for column in ("", "before", "after"):
@@ -130,16 +101,19 @@ def show_result(result: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"student: {accuracy['student']}, step {accuracy['step']} · negatives: {negatives['used']} used, lag up to "
-        f"{negatives['lag_max']}, {negatives['active_fraction']:.2f} active, {negatives['stall_fraction']:.1%} stall"
+        f"{negatives['lag_max']}, {negatives['active_fraction']:.2f} active, {negatives['stall_fraction']:.1%} stall",
+        soft_wrap=True,
     )
     for example in result["examples"]:
         console.rule(style="dim")
-        console.print(f"[bold]{escape(_short(example['question']))}[/bold]  (gold: {escape(example['gold'])})")
+        console.print(
+            f"[bold]{escape(_short(example['question']))}[/bold]  (gold: {escape(example['gold'])})", soft_wrap=True
+        )
         for when, rationale, label in (
             ("before", example["rationale_before"], example["label_before"]),
             ("after ", example["rationale"], example["label"]),
         ):
-            console.print(f"  {when}: {escape(_short(rationale))} → {escape(_short(label, 40))}")
+            console.print(f"  {when}: {escape(_short(rationale))} → {escape(_short(label, 40))}", soft_wrap=True)
 
 
 def _mean(records: list[dict[str, Any]], key: str) -> float:

@@ -8,11 +8,11 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from qcrd_ray.config import ExperimentConfig
+from qcrd_ray.reporting.console import standard_error
 from qcrd_ray.reporting.progress import clock
 from qcrd_ray.run_folder import write_text_atomic
 from qcrd_ray.sampling.sample_store import SampleSet
@@ -29,7 +29,7 @@ class SamplingDisplay:
 
     def __init__(self, config: ExperimentConfig) -> None:
         self._config = config
-        self._console = Console(stderr=True, highlight=False)
+        self._console = standard_error()
         self._begin = time.monotonic()
         self._next, self._pause = 0.0, FIRST_SECONDS
         self._announced = False

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+T5_FAMILY = ("t5", "mt5", "umt5")
+"""The encoder-decoders that engine t5 runs, by transformers' `model_type`."""
+
 
 @dataclass(frozen=True)
 class SamplingParameters:
@@ -78,12 +81,27 @@ class SamplingEngine(Protocol):
         """`n` generations for each request, in the order of the requests."""
         ...
 
-    def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Raw log-probabilities of given tokens, nats: of tokens 1.. of a decoder-only prompt."""
+    def target_logprobs(self, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Raw log-probabilities (temperature 1, whole vocabulary) of given tokens after each prompt, nats.
+
+        They come from the computation that the engine samples with, so they prove which weights it samples from.
+
+        Args:
+            prompts: as in `Request.prompt`.
+            targets: what follows each prompt: the decoder's tokens, or a decoder-only text's continuation. The end
+                token is scored where it is given.
+
+        Returns:
+            One number for each token of each target.
+        """
         ...
 
     def load_weights(self, snapshot: Path) -> None:
         """Take the weights of a Hugging Face folder of the same architecture."""
+        ...
+
+    def rest(self) -> None:
+        """Give a GPU's memory back until the next call, where `EngineSpec.sleep` asks for it and the engine can."""
         ...
 
     def close(self) -> None:
@@ -96,7 +114,7 @@ class EngineSpec:
     """All that it takes to start an engine in another process.
 
     Attributes:
-        engine: "vllm" or "transformers".
+        engine: "vllm", "t5" or "transformers".
         model: a Hugging Face folder or name.
         precision: "bf16" or "fp32".
         max_sequences: sequences that are generated at once.
@@ -107,6 +125,7 @@ class EngineSpec:
         threads: CPU threads; None is the library's own choice.
         tensor_parallel: GPUs that vLLM spreads a model over.
         trust_remote_code: run Python code that ships with the model.
+        sleep: whether `rest` gives a GPU's memory back.
     """
 
     engine: str
@@ -120,6 +139,7 @@ class EngineSpec:
     threads: int | None = None
     tensor_parallel: int = 1
     trust_remote_code: bool = False
+    sleep: bool = False
 
 
 def start_engine(spec: EngineSpec) -> SamplingEngine:
@@ -128,8 +148,12 @@ def start_engine(spec: EngineSpec) -> SamplingEngine:
         from qcrd_ray.sampling.vllm import VllmEngine
 
         return VllmEngine(spec)
+    if spec.engine == "t5":
+        from qcrd_ray.sampling.t5 import T5Engine
+
+        return T5Engine(spec)
     if spec.engine == "transformers":
         from qcrd_ray.sampling.transformers import TransformersEngine
 
         return TransformersEngine(spec)
-    raise ValueError(f"unknown engine {spec.engine!r}: expected vllm or transformers")
+    raise ValueError(f"unknown engine {spec.engine!r}: expected vllm, t5 or transformers")

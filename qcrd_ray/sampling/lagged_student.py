@@ -1,9 +1,8 @@
 """The lagged student: negatives of every iteration from exactly the snapshot that the schedule names, sampled ahead.
 
-`Sampler` is a Ray actor around one engine. `SamplingService` is the one actor that knows what is published, wanted and
-ready; it hands chunks of work to free samplers and never touches a token itself. `NegativesClient` is a training
-worker's end. A sampler is told the snapshot with every piece of work, so a restarted one goes on by itself, and no
-piece can run on other weights than its own.
+`SamplingService` is the one actor that knows what is published, wanted and ready. It hands chunks of work to free
+samplers (pool.py), in the order of the iterations, and never touches a token itself; training workers fetch from it
+(negatives.py). What a dead sampler had is asked again; what nobody can mend ends the run with one line.
 """
 
 from __future__ import annotations
@@ -13,205 +12,209 @@ import heapq
 import itertools
 import json
 import logging
-import math
-import shutil
 import time
 from collections import defaultdict
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from qcrd_ray.config import ExperimentConfig
-from qcrd_ray.rationales.schema import NEGATIVES
-from qcrd_ray.rationales.streaming import student_tools, training_order
+from qcrd_ray.errors import UserError, find_user_error
+from qcrd_ray.prometheus import (
+    CHUNKS_READY,
+    SAMPLER_BUSY_SECONDS,
+    SAMPLER_LOAD_SECONDS,
+    SAMPLER_QUEUE_DEPTH,
+    SAMPLER_RESTARTS,
+    SAMPLER_TOKENS,
+    SAMPLERS_UP,
+    SNAPSHOT_AGE_SECONDS,
+    Exporter,
+)
 from qcrd_ray.rationales.tables import open_rationale_table
-from qcrd_ray.run_folder import RunFolder, write_text_atomic
-from qcrd_ray.sampling.engine import EngineSpec, Request, SamplingParameters, start_engine
-from qcrd_ray.sampling.predictions import Prediction, explain, predict
+from qcrd_ray.run_folder import (
+    EVALUATIONS,
+    EVALUATIONS_SUMMARY,
+    FIXED_STUDENT,
+    NEGATIVES,
+    DamagedFolder,
+    RunFolder,
+)
+from qcrd_ray.run_lock import begin_attempt
+from qcrd_ray.sampling.negatives import negatives_file, read_negatives
 from qcrd_ray.sampling.schedule import FIXED, Chunk, Schedule
-from qcrd_ray.seeding import stable_hash
-from qcrd_ray.tasks.prompts import EXPLAIN
+from qcrd_ray.sampling.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
 EVALUATED_TOGETHER = 128
 ATTEMPTS = 5
+"""Failures of one piece of work after which the run ends."""
 
 
-class Sampler:
-    """One engine that serves one snapshot at a time. Runs as a Ray actor."""
+@dataclass(order=True)
+class Job:
+    """A piece of work for one sampler. Lower priorities come first.
 
-    def __init__(self, config: ExperimentConfig, run: RunFolder, model: str, spec: EngineSpec) -> None:
-        self.config = config
-        self.run = run
-        self.model = model
-        self.engine = start_engine(spec)
-        self.loaded = spec.model
+    Attributes:
+        kind: "sample", "predict", "explain" or "observe".
+        what: a Chunk, or the arguments of the sampler's method before the snapshot.
+        future: gets the result of what is not "sample".
+        generation: of the training that asked; work of an earlier one is dropped.
+    """
 
-    def ready(self) -> str:
-        """Answers once the engine is up: the engine's class."""
-        return type(self.engine).__name__
-
-    def _load(self, folder: str) -> None:
-        if self.loaded != folder:
-            self.engine.load_weights(Path(folder))
-            self.loaded = folder
-
-    def sample(self, chunk: Chunk, snapshot: int, folder: str) -> tuple[dict[str, Any], pa.Table]:
-        """Negatives of a chunk's questions, written to `negatives/` and given back."""
-        begin = time.perf_counter()
-        self._load(folder)
-        loaded = time.perf_counter()
-        tokenizer, task = student_tools(self.model, self.config)
-        settings = self.config.negatives
-        table = open_rationale_table(self.run.table("train"))
-        order = training_order(str(self.run.table("train")), self.config)
-        parameters = SamplingParameters(
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            max_tokens=settings.max_tokens or self.config.student.max_rationale_tokens,
-        )
-        keys: list[tuple[int, int, str, int, int]] = []
-        requests: list[Request] = []
-        for step in range(chunk.first, chunk.last):
-            epoch = order.epoch_of(step)
-            for record in table.take(pa.array(order.batch(step))).to_pylist():
-                prompt, _ = tokenizer.prompt(EXPLAIN, task.student_input(record["question"], record["choices"]))
-                for index in range(settings.count):
-                    seed = stable_hash(self.config.train.seed, "negative", epoch, step, record["id"], index)
-                    keys.append((epoch, step, record["id"], index, seed))
-                    requests.append(Request(tuple(prompt), parameters, seed))
-        rows: list[dict[str, Any]] = []
-        generations = self.engine.generate(requests)
-        for (epoch, step, id_, index, seed), [generation] in zip(keys, generations, strict=True):
-            rows.append(
-                {
-                    "epoch": epoch,
-                    "step": step,
-                    "iteration": chunk.iteration,
-                    "snapshot": snapshot,
-                    "id": id_,
-                    "negative_index": index,
-                    "rationale": generation.text,
-                    "token_ids": list(generation.token_ids),
-                    "mean_logprob": None if math.isnan(generation.mean_logprob) else generation.mean_logprob,
-                    "finish_reason": generation.finish_reason,
-                    "temperature": settings.temperature,
-                    "top_k": settings.top_k,
-                    "seed": seed,
-                }
-            )
-        result = pa.Table.from_pylist(rows, schema=NEGATIVES)
-        path = self.run.negatives / chunk.file_name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        pq.write_table(result, temporary)
-        temporary.replace(path)
-        end = time.perf_counter()
-        tokens = sum(len(row["token_ids"]) for row in rows)
-        return {"tokens": tokens, "load_seconds": loaded - begin, "seconds": end - loaded}, result
-
-    def predict(self, split: str, first: int, last: int, folder: str) -> list[Prediction]:
-        """Greedy labels of rows first..last-1 of a held-out split, scored by the task."""
-        self._load(folder)
-        return predict(self.engine, self.config, self.model, self._records(split, first, last))
-
-    def explain(self, split: str, count: int, folder: str) -> list[dict[str, str]]:
-        """Greedy rationales and labels of a split's first questions."""
-        self._load(folder)
-        return explain(self.engine, self.config, self.model, self._records(split, 0, count))
-
-    def _records(self, split: str, first: int, last: int) -> list[dict[str, Any]]:
-        records: list[dict[str, Any]] = (
-            open_rationale_table(self.run.table(split)).slice(first, last - first).to_pylist()
-        )
-        return records
-
-    def close(self) -> None:
-        self.engine.close()
+    priority: float
+    number: int
+    kind: str = field(compare=False)
+    snapshot: Snapshot = field(compare=False)
+    what: Any = field(compare=False)
+    future: asyncio.Future[Any] | None = field(compare=False)
+    generation: int = field(compare=False)
+    failures: int = field(default=0, compare=False)
 
 
 class SamplingService:
     """Knows which snapshots are published, what they owe to which iteration, and what lies ready. A Ray actor."""
 
-    def __init__(self, config: ExperimentConfig, run: RunFolder, samplers: list[Any]) -> None:
+    def __init__(self, config: ExperimentConfig, run: RunFolder, samplers: Sequence[Any], token: str = "") -> None:
+        """
+        Args:
+            token: of the driver that has the run.
+        """
         self.config = config
         self.run = run
+        self.token = token
         self.schedule = Schedule.of(config)
         self.samplers = samplers
-        self.published: dict[int, str] = {}
+        self.published: dict[int, Snapshot] = {}
         self.step = 0
         self.generation = 0
-        self.queue: list[tuple[Any, ...]] = []
-        self.order = itertools.count()
-        self.wake = asyncio.Event()
+        self.queue: list[Job] = []
+        self.numbers = itertools.count()
+        self.work = asyncio.Condition()
         self.enqueued: set[int] = set()
+        self.asked: set[Chunk] = set()
+        self.written: set[str] = set()
         self.tables: dict[Chunk, Any] = {}
         self.waiting: dict[Chunk, asyncio.Event] = defaultdict(asyncio.Event)
-        self.running: list[str] = []
-        self.evaluations: list[asyncio.Task[None]] = []
-        self.best: dict[str, Any] | None = None
+        self.running: list[Job] = []
+        self.evaluating: dict[tuple[int, str], asyncio.Task[dict[str, Any]]] = {}
+        self.evaluations: list[dict[str, Any]] = []
         self.failure: str | None = None
+        self.stopping = asyncio.Event()
+        self.stepping = False
+        self.up: set[int] = set()
         self.tokens = 0
         self.sampled = 0
+        self.reused = 0
         self.busy_seconds = 0.0
         self.load_seconds = 0.0
         self.restarts = 0
-        self.tasks: list[asyncio.Task[None]] = []
+        self.starts: list[int] = []
+        self.published_at: float | None = None
+        self.exporter = Exporter(config.run_name)
+        self.tasks: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
         """Begin to hand out work."""
         if not self.tasks:
-            self.tasks = [asyncio.create_task(self._serve(sampler)) for sampler in self.samplers]
+            self.evaluations = await asyncio.to_thread(self.run.read_json, EVALUATIONS_SUMMARY) or []
+            for index in range(len(self.samplers)):
+                self._spawn(self._serve(index))
+            self._spawn(self._watch())
+            self._spawn(self._export_each_second())
 
-    async def rewind(self, step: int) -> None:
-        """Training starts (again) at `step`: forget every snapshot taken after it, and all that came from them."""
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    # What is published
+
+    async def rewind(self, step: int) -> int:
+        """Training starts (again) at `step`: forget every snapshot taken after it, and all that came from them.
+
+        Returns:
+            The number of this attempt, which its workers hold against `attempt.json`.
+
+        Raises:
+            UserError: a snapshot that training will need is damaged or gone.
+        """
         self.generation += 1
+        self.stepping = False
+        self.starts.append(step)
         self.step = step
-        self.best = self._recorded_best()
-        last = step // self.config.train.iteration_steps
         self.enqueued.clear()
+        self.asked.clear()
         self.tables.clear()
-        for number in [n for n in self.published if n > last]:
-            del self.published[number]
-        for folder in self.run.snapshots.glob("[0-9]*"):
-            if int(folder.name) > last or int(folder.name) * self.config.train.iteration_steps > step:
-                shutil.rmtree(folder, ignore_errors=True)
+        self.published = {n: s for n, s in self.published.items() if n == FIXED}
+        self.evaluations = [e for e in self.evaluations if e["step"] <= step]
+        for key, task in list(self.evaluating.items()):
+            if key[0] * self.config.train.iteration_steps > step:
+                task.cancel()
+                del self.evaluating[key]
+        self._drop_jobs()
+        found = await asyncio.to_thread(self._rewind_storage, step)
+        self.published.update(found)
+        self._evaluate_what_was_not()
+        self._refill()
+        return self.generation
+
+    def _rewind_storage(self, step: int) -> dict[int, Snapshot]:
+        """Remove what training will make again; give back the snapshots that stay."""
+        begin_attempt(self.run, self.token, self.generation)
+        self.run.remove_leftovers()
+        last = step // self.config.train.iteration_steps
+        found = {}
+        for number in self.run.snapshot_numbers():
+            if number * self.config.train.iteration_steps > step:
+                self.run.remove(self.run.snapshot(number))
             else:
-                self.published[int(folder.name)] = str(folder)
-        for path in (self.run.root / "evaluations").glob("*-[0-9]*.jsonl"):
-            if int(path.stem.rsplit("-", 1)[1]) > last:
-                path.unlink()
+                found[number] = Snapshot.of(self.run, number, self.run.snapshot(number))
+        if step and self.config.sampled_negatives and self.schedule.lag is not None:
+            for iteration in range(self.schedule.iteration_of(step), self.schedule.iterations):
+                number = self.schedule.snapshot_for(iteration)
+                # θ_t of a checkpoint at the start of iteration t is taken there, if it is not there yet.
+                if number not in found and number * self.config.train.iteration_steps < step:
+                    raise DamagedFolder(
+                        f"snapshot {self.run.where(self.run.snapshot(number))}: not there, or not complete; iteration "
+                        f"{iteration} takes its negatives from it: remove the checkpoints after step "
+                        f"{number * self.config.train.iteration_steps} to have it made again"
+                    )
+        for name in self.run.list(EVALUATIONS):
+            stem, _, kind = name.partition(".")
+            if kind == "jsonl" and int(stem.rsplit("-", 1)[1]) > last:
+                self.run.remove(f"{EVALUATIONS}/{name}")
+        self.written = set(self.run.list(NEGATIVES))
         for iteration in range(self.schedule.iterations):
             if self.schedule.snapshot_for(iteration) > last:
                 for chunk in self.schedule.chunks(iteration):
-                    (self.run.negatives / chunk.file_name).unlink(missing_ok=True)
-        self._drop_jobs()
-        self._refill()
+                    if chunk.file_name in self.written:
+                        self.run.remove(negatives_file(chunk))
+                        self.written.discard(chunk.file_name)
+        return found
 
     def _drop_jobs(self) -> None:
-        """Sampling is asked anew; an evaluation goes on if its snapshot is still there."""
-        kept = [job for job in self.queue if job[2] != "sample" and Path(job[3]).exists()]
+        """Sampling is asked anew; an evaluation goes on if its snapshot stays."""
+        kept = []
         for job in self.queue:
-            if job[2] != "sample" and job not in kept:
-                job[5].cancel()
+            gone = job.snapshot.number * self.config.train.iteration_steps > self.step
+            if job.kind != "sample" and not gone:
+                kept.append(job)
+            elif job.future is not None:
+                job.future.cancel()
         self.queue = kept
         heapq.heapify(self.queue)
 
-    def _recorded_best(self) -> dict[str, Any] | None:
-        try:
-            best: dict[str, Any] = json.loads((self.run.root / "best.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        return best if best["snapshot"] * self.config.train.iteration_steps <= self.step else None
-
-    async def publish(self, snapshot: int, folder: str) -> None:
-        """`folder` holds snapshot θ_`snapshot`, complete."""
-        self.published[snapshot] = folder
+    async def publish(self, number: int, folder: str, digest: str, evaluate: bool = False) -> None:
+        """Snapshot θ_`number` is complete in the storage; with `evaluate`, score it on the split that selects."""
+        self.published[number] = Snapshot(number, folder, digest)
+        self.published_at = time.monotonic()
+        if evaluate:
+            self._evaluation(number, "valid")
         self._refill()
 
     async def progress(self, step: int, checkpoints: list[int]) -> None:
@@ -220,253 +223,325 @@ class SamplingService:
         for chunk in [c for c in self.tables if c.last <= step - self.config.train.iteration_steps]:
             del self.tables[chunk]
             self.waiting.pop(chunk, None)
+        self._refill()
+        if self.config.train.keep_snapshots:
+            return
         now = self.schedule.iteration_of(step)
         resumable = [self.schedule.iteration_of(checkpoint) for checkpoint in checkpoints]
-        busy = {job[3] for job in self.queue} | set(self.running)
-        for number, folder in list(self.published.items()):
-            needed = number <= 0 or number >= self.schedule.snapshot_for(now) or folder in busy
+        busy = {job.snapshot.number for job in (*self.queue, *self.running)} | {n for n, _ in self.evaluating}
+        best = self._best()
+        for number, snapshot in list(self.published.items()):
+            needed = number <= 0 or number >= self.schedule.snapshot_for(now) or number in busy
             # A resume publishes what comes after its checkpoint anew; what it samples from before that must be there.
             needed = needed or any(self.schedule.snapshot_for(i) <= number <= i for i in resumable)
-            if not needed and not (self.best and self.best["snapshot"] == number):
+            if not needed and not (best and best["snapshot"] == number):
                 del self.published[number]
-                shutil.rmtree(folder, ignore_errors=True)
-        self._refill()
+                self._spawn(self._remove(snapshot))
+
+    async def _remove(self, snapshot: Snapshot) -> None:
+        try:
+            await asyncio.to_thread(self.run.remove, snapshot.folder)
+        except UserError as error:
+            logger.warning("an old snapshot could not be removed: %s", error)
 
     def _refill(self) -> None:
         """Queue the chunks of every iteration whose snapshot is out and that is near enough."""
-        if self.config.sampled_negatives:
+        if self.config.sampled_negatives and self.config.sampler.ahead_iterations:
             now = self.schedule.iteration_of(self.step)
             last = min(self.schedule.iterations, now + self.config.sampler.ahead_iterations)
             for iteration in range(now, last):
-                folder = self.published.get(self.schedule.snapshot_for(iteration))
-                if folder is None or iteration in self.enqueued:
+                snapshot = self.published.get(self.schedule.snapshot_for(iteration))
+                if snapshot is None or iteration in self.enqueued:
                     continue
                 self.enqueued.add(iteration)
                 for chunk in self.schedule.chunks(iteration):
                     if chunk.last > self.step:
-                        self._push(iteration, "sample", folder, chunk, None)
-        self.wake.set()
+                        self._push(iteration, "sample", snapshot, chunk)
 
-    def _push(self, priority: float, kind: str, folder: str, what: Any, future: Any) -> None:
-        heapq.heappush(self.queue, (priority, next(self.order), kind, folder, what, future, self.generation))
-        self.wake.set()
+    def _push(self, priority: float, kind: str, snapshot: Snapshot, what: Any) -> asyncio.Future[Any] | None:
+        future = None if kind == "sample" else asyncio.get_running_loop().create_future()
+        heapq.heappush(self.queue, Job(priority, next(self.numbers), kind, snapshot, what, future, self.generation))
+        self._wake()
+        return future
 
-    async def _serve(self, sampler: Any) -> None:
+    def _wake(self) -> None:
+        async def notify() -> None:
+            async with self.work:
+                self.work.notify_all()
+
+        self._spawn(notify())
+
+    # Samplers at work
+
+    async def _serve(self, index: int) -> None:
         """Give one sampler one piece of work after the other."""
         while self.failure is None:
-            if not self.queue:
-                self.wake.clear()
-                await self.wake.wait()
+            await self._until_up(index)
+            async with self.work:
+                await self.work.wait_for(lambda: self.queue or self.failure)
+            if self.failure or not self.queue:  # another sampler was faster
                 continue
             job = heapq.heappop(self.queue)
-            self.running.append(job[3])
-            for attempt in range(1, ATTEMPTS + 1):
-                try:
-                    await self._run(sampler, job)
-                    break
-                except Exception as error:  # a dead actor, a failed engine, a full disk: asked again, then said
-                    self.restarts += isinstance(error, ray.exceptions.RayActorError)
-                    logger.warning("sampler failed (%d of %d): %s", attempt, ATTEMPTS, _first_line(error))
-                    if attempt == ATTEMPTS:
-                        self.queue.append(job)
-                        self._fail(f"a sampler failed {ATTEMPTS} times in a row, last with: {_first_line(error)}")
-                        break
-                    await asyncio.sleep(min(2.0**attempt, 15.0))
-            self.running.remove(job[3])
+            self.running.append(job)
+            try:
+                await asyncio.wait_for(self._do(index, job), self.config.sampler.timeout_s)
+            except Exception as error:  # a dead actor, a failed engine, a full disk: asked again, then said
+                self.up.discard(index)
+                self._failed(index, job, error)
+            finally:
+                self.running.remove(job)
 
-    async def _run(self, sampler: Any, job: tuple[Any, ...]) -> None:
-        _, _, kind, folder, what, future, generation = job
-        if generation != self.generation and kind == "sample":
+    async def _until_up(self, index: int) -> None:
+        """Return once the sampler answers. Others go on meanwhile with what it leaves."""
+        said = False
+        while index not in self.up and self.failure is None:
+            try:
+                await asyncio.wait_for(self.samplers[index].ready.remote(), self.config.sampler.timeout_s)
+                self.up.add(index)
+            except TimeoutError:
+                continue
+            except Exception as error:
+                if (told := find_user_error(error)) is not None:
+                    self._fail(str(told))
+                    return
+                if not said:
+                    logger.warning("sampler %d is not up: %s", index, _first_line(error))
+                said = True
+                await asyncio.sleep(1.0)
+
+    async def _watch(self) -> None:
+        """End the run where no sampler has been up for `sampler.timeout_s`, though there is work."""
+        since: float | None = None
+        while self.failure is None:
+            await asyncio.sleep(1.0)
+            if self.up or not self.queue:
+                since = None
+                continue
+            since = since or time.monotonic()
+            if time.monotonic() - since > self.config.sampler.timeout_s:
+                self._fail(
+                    f"none of {len(self.samplers)} samplers has been up for {self.config.sampler.timeout_s} s "
+                    "(sampler.timeout_s); start again once the cluster has room for one"
+                )
+
+    async def _export_each_second(self) -> None:
+        """Give what Prometheus sees its values."""
+        while self.failure is None:
+            await asyncio.sleep(1.0)
+            self.exporter.set(SAMPLER_QUEUE_DEPTH, len(self.queue))
+            self.exporter.set(SAMPLERS_UP, len(self.up))
+            self.exporter.set(CHUNKS_READY, sum(chunk.last > self.step for chunk in self.tables))
+            if self.published_at is not None:
+                self.exporter.set(SNAPSHOT_AGE_SECONDS, time.monotonic() - self.published_at)
+
+    def _failed(self, index: int, job: Job, error: Exception) -> None:
+        sampler = self.samplers[index]
+        told = find_user_error(error)
+        if told is not None:
+            self._fail(str(told))
             return
-        if kind == "predict":
-            result = await sampler.predict.remote(*what, folder)
-            if not future.done():
-                future.set_result(result)
+        died = isinstance(error, ray.exceptions.RayActorError)
+        reason = "no answer" if isinstance(error, TimeoutError) else _first_line(error)
+        self.restarts += 1
+        self.exporter.add(SAMPLER_RESTARTS, 1, sampler=str(index))
+        job.failures += 1
+        logger.warning("a sampler failed (%d of %d) at %s: %s", job.failures, ATTEMPTS, job.kind, reason)
+        if not died and isinstance(sampler, ray.actor.ActorHandle):
+            ray.kill(sampler, no_restart=False)  # an engine that failed is not asked again: a fresh one takes its place
+        if job.failures >= ATTEMPTS:
+            self._fail(f"a sampler failed {ATTEMPTS} times at the same work, last with: {reason}")
             return
-        if kind == "explain":
-            result = await sampler.explain.remote(*what, folder)
-            if not future.done():
-                future.set_result(result)
+        heapq.heappush(self.queue, job)
+        self._wake()
+
+    async def _do(self, index: int, job: Job) -> None:
+        if job.kind == "sample":
+            await self._sample(index, job)
             return
-        chunk: Chunk = what
-        path = self.run.negatives / chunk.file_name
-        if path.exists():
-            table = ray.put(pq.read_table(path, schema=NEGATIVES))
-        else:
-            snapshot = self.schedule.snapshot_for(chunk.iteration)
-            stats_ref, table = sampler.sample.options(num_returns=2).remote(chunk, snapshot, folder)
+        assert job.future is not None
+        if not job.future.done():
+            result = await getattr(self.samplers[index], job.kind).remote(*job.what, job.snapshot)
+            if not job.future.done():
+                job.future.set_result(result)
+
+    async def _sample(self, index: int, job: Job) -> None:
+        chunk: Chunk = job.what
+        if job.generation != self.generation:
+            return
+        table: Any = None
+        if chunk.file_name in self.written:
+            found = await asyncio.to_thread(read_negatives, self.run, chunk, job.snapshot)
+            table = ray.put(found) if found is not None else None
+            self.reused += table is not None
+        if table is None:
+            stats_ref, table = self.samplers[index].sample.options(num_returns=2).remote(chunk, job.snapshot)
             stats = await stats_ref
-            if generation != self.generation:
-                if chunk not in self.tables:
-                    path.unlink(missing_ok=True)
-                return
             self.tokens += stats["tokens"]
             self.busy_seconds += stats["seconds"]
             self.load_seconds += stats["load_seconds"]
-        self.sampled += 1
-        self.tables[chunk] = table
-        self.waiting[chunk].set()
+            self.exporter.add(SAMPLER_TOKENS, stats["tokens"], sampler=str(index))
+            self.exporter.add(SAMPLER_BUSY_SECONDS, stats["seconds"], sampler=str(index))
+            self.exporter.add(SAMPLER_LOAD_SECONDS, stats["load_seconds"], sampler=str(index))
+            self.sampled += 1
+        if job.generation == self.generation:
+            self.tables[chunk] = table
+            self.waiting[chunk].set()
+
+    # Faults
 
     def _fail(self, reason: str) -> None:
+        if self.failure is not None:
+            return
         self.failure = reason
+        logger.error("%s", reason)
         for event in self.waiting.values():
             event.set()
-        for job in self.queue:
-            if job[5] is not None and not job[5].done():
-                job[5].set_exception(RuntimeError(reason))
+        for job in (*self.queue, *self.running):
+            if job.future is not None and not job.future.done():
+                job.future.set_exception(UserError(reason))
+        self._wake()
+
+    # What training workers and the driver ask for
 
     async def chunk(self, chunk: Chunk) -> list[Any]:
         """[reference to the table of negatives] of a chunk, once it is ready.
 
         Raises:
-            RuntimeError: the samplers failed for good.
+            UserError: the samplers failed for good.
         """
+        if not self.config.sampler.ahead_iterations and chunk not in self.tables and chunk not in self.asked:
+            self.asked.add(chunk)
+            snapshot = await self._snapshot(self.schedule.snapshot_for(chunk.iteration))
+            self._push(chunk.iteration, "sample", snapshot, chunk)
         while chunk not in self.tables:
             if self.failure:
-                raise RuntimeError(self.failure)
+                raise UserError(self.failure)
             event = self.waiting[chunk]
             event.clear()
             await event.wait()
         return [self.tables[chunk]]
 
-    async def _folder_of(self, snapshot: int) -> str:
-        while snapshot not in self.published:
+    async def _snapshot(self, number: int) -> Snapshot:
+        while number not in self.published:
             if self.failure:
-                raise RuntimeError(self.failure)
+                raise UserError(self.failure)
             await asyncio.sleep(0.1)
-        return self.published[snapshot]
+        return self.published[number]
 
-    async def evaluate_and_keep_best(self, snapshot: int) -> None:
-        """Evaluate a snapshot on the held-out split that selects, and keep it if it is the best so far."""
-        task = asyncio.create_task(self._evaluate_and_keep_best(snapshot))
-        self.evaluations.append(task)
+    def _evaluation(self, number: int, split: str) -> asyncio.Task[dict[str, Any]]:
+        """The one evaluation of a snapshot on a split."""
+        key = (number, split)
+        if key not in self.evaluating:
+            self.evaluating[key] = self._spawn(self._evaluate(number, split))
+            # An evaluation that nobody waits for yet keeps its error until somebody does.
+            self.evaluating[key].add_done_callback(lambda task: task.cancelled() or task.exception())
+        return self.evaluating[key]
 
-    async def _evaluate_and_keep_best(self, snapshot: int) -> None:
-        found = await self.evaluate(snapshot, "valid")
-        if self.best is None or found["accuracy"] > self.best["accuracy"]:
-            self.best = found
-            write_text_atomic(self.run.root / "best.json", json.dumps(found))
-
-    async def best_snapshot(self) -> dict[str, Any] | None:
-        """The best of all snapshots evaluated, once every evaluation under way has ended."""
-        evaluations, self.evaluations = self.evaluations, []
-        for outcome in await asyncio.gather(*evaluations, return_exceptions=True):
-            if isinstance(outcome, BaseException) and not isinstance(outcome, asyncio.CancelledError):
-                raise outcome
-        return self.best
+    def _evaluate_what_was_not(self) -> None:
+        """Evaluations that were due before a restart and had not ended."""
+        done = {(e["snapshot"], e["split"]) for e in self.evaluations}
+        for number in self.published:
+            if self.schedule.is_evaluated(number) and (number, "valid") not in done:
+                self._evaluation(number, "valid")
 
     async def evaluate(self, snapshot: int, split: str) -> dict[str, Any]:
-        """Accuracy of a snapshot on a split, as soon as it is published: {"snapshot", "split", "accuracy", "n"}.
+        """Accuracy of a snapshot on a split, once it is published: {"step", "snapshot", "split", "accuracy", "n"}.
 
-        The predictions are written to `evaluations/`, and a second call reads them there.
+        The predictions are written to `evaluations/`, the accuracies to `evaluations/summary.json`.
         """
-        path = self.run.root / "evaluations" / f"{split}-{snapshot:06d}.jsonl"
-        if not path.exists():
-            rows = open_rationale_table(self.run.table(split)).num_rows
-            folder = await self._folder_of(snapshot)
-            loop = asyncio.get_running_loop()
-            futures = []
-            for first in range(0, rows, EVALUATED_TOGETHER):
-                future = loop.create_future()
-                futures.append(future)
-                last = min(first + EVALUATED_TOGETHER, rows)
-                self._push(snapshot + (self.schedule.lag or 0) + 0.5, "predict", folder, (split, first, last), future)
-            predictions = [p for part in await asyncio.gather(*futures) for p in part]
-            lines = [{"id": p.id, "prediction": p.text, "correct": p.correct} for p in predictions]
-            write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
-        correct = [json.loads(line)["correct"] for line in path.read_text(encoding="utf-8").split("\n") if line]
-        return {"snapshot": snapshot, "split": split, "accuracy": sum(correct) / len(correct), "n": len(correct)}
+        return await self._evaluation(snapshot, split)
+
+    async def _evaluate(self, number: int, split: str) -> dict[str, Any]:
+        for entry in self.evaluations:
+            if (entry["snapshot"], entry["split"]) == (number, split):
+                self.evaluating.pop((number, split), None)
+                return entry
+        snapshot = await self._snapshot(number)
+        rows = (await asyncio.to_thread(open_rationale_table, self.run.table(split))).num_rows
+        priority = number + (self.schedule.lag or 0) + 0.5
+        futures = [
+            self._push(priority, "predict", snapshot, (split, first, min(first + EVALUATED_TOGETHER, rows)))
+            for first in range(0, rows, EVALUATED_TOGETHER)
+        ]
+        predictions = [p for part in await asyncio.gather(*(f for f in futures if f)) for p in part]
+        correct = sum(p.correct for p in predictions)
+        steps = self.config.train
+        entry = {
+            "step": min(number * steps.iteration_steps, steps.max_steps),
+            "snapshot": number,
+            "split": split,
+            "accuracy": correct / len(predictions),
+            "n": len(predictions),
+        }
+        lines = [{"id": p.id, "prediction": p.text, "correct": p.correct} for p in predictions]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        self.evaluations.append(entry)
+        self.evaluations.sort(key=lambda e: (e["step"], e["split"]))
+        summary = json.dumps(self.evaluations, indent=1) + "\n"
+        await asyncio.to_thread(self.run.write, f"{EVALUATIONS}/{split}-{number:06d}.jsonl", text)
+        await asyncio.to_thread(self.run.write, EVALUATIONS_SUMMARY, summary)
+        self.evaluating.pop((number, split), None)
+        return entry
+
+    def _best(self) -> dict[str, Any] | None:
+        """The best of the snapshots that were evaluated to select one; the earliest of equals."""
+        found = [e for e in self.evaluations if e["split"] == "valid" and e["snapshot"] > 0]
+        return max(found, key=lambda e: (e["accuracy"], -e["snapshot"]), default=None)
+
+    async def best_snapshot(self) -> dict[str, Any] | None:
+        """The best of all snapshots evaluated on valid, once every evaluation under way has ended."""
+        await asyncio.gather(*self.evaluating.values())
+        return self._best()
 
     async def explain(self, snapshot: int, split: str, count: int) -> list[dict[str, str]]:
         """Greedy rationales of a published snapshot for a split's first questions."""
-        future = asyncio.get_running_loop().create_future()
-        folder = await self._folder_of(snapshot)
-        self._push(snapshot + (self.schedule.lag or 0) + 0.5, "explain", folder, (split, count), future)
+        found = await self._snapshot(snapshot)
+        future = self._push(snapshot + (self.schedule.lag or 0) + 0.5, "explain", found, (split, count))
+        assert future is not None
         result: list[dict[str, str]] = await future
         return result
+
+    async def observe(self, snapshot: int, split: str, count: int, temperature: float) -> list[str]:
+        """Rationales of a published snapshot for a split's first questions, sampled at a temperature."""
+        found = await self._snapshot(snapshot)
+        future = self._push(snapshot + (self.schedule.lag or 0) + 0.5, "observe", found, (split, count, temperature))
+        assert future is not None
+        result: list[str] = await future
+        return result
+
+    async def stop(self) -> bool:
+        """Have training end after the step at hand, with a checkpoint.
+
+        Returns:
+            Whether steps are trained yet; before, nothing would look at it for as long as the judge is pretrained.
+        """
+        self.stopping.set()
+        return self.stepping
+
+    async def until_stop(self) -> None:
+        """For rank 0, which calls it as its first step begins: returns once `stop` was called."""
+        self.stepping = True
+        await self.stopping.wait()
 
     async def statistics(self) -> dict[str, Any]:
         return {
             "tokens": self.tokens,
             "chunks": self.sampled,
+            "chunks_reused": self.reused,
             "busy_seconds": round(self.busy_seconds, 3),
             "load_seconds": round(self.load_seconds, 3),
             "sampler_restarts": self.restarts,
+            "training_starts": self.starts,
         }
 
-
-@dataclass(frozen=True)
-class Negative:
-    """One negative of one question, ready to train on. `ids` end with the end token unless it was cut by length."""
-
-    ids: list[int]
-    text: str
-    lag: int | None
+    async def all_evaluations(self) -> list[dict[str, Any]]:
+        """What `evaluate` gave so far, in the order of the steps."""
+        return self.evaluations
 
 
-class NegativesClient:
-    """A training worker's end: the negatives of its questions, asked for one chunk ahead."""
-
-    def __init__(self, service: Any, config: ExperimentConfig, end_token: int) -> None:
-        self.service = service
-        self.schedule = Schedule.of(config)
-        self.timeout = config.sampler.timeout_s
-        self.count = config.sampled_negatives
-        self.limit = config.student.max_rationale_tokens
-        self.end_token = end_token
-        self.asked: dict[Chunk, Any] = {}
-        self.current: Chunk | None = None
-        self.rows: dict[tuple[int, str], list[Negative]] = {}
-        self.warmup_seconds: float | None = None
-        self.stall_seconds = 0.0
-
-    def take(self, step: int, ids: list[str]) -> list[list[Negative]]:
-        """The negatives of a step's questions, in their order.
-
-        Raises:
-            TimeoutError: they were not ready within `sampler.timeout_s`.
-        """
-        if not self.count:
-            return [[] for _ in ids]
-        chunk = self.schedule.chunk_of(step)
-        if chunk != self.current:
-            self._fetch(chunk)
-        return [self.rows[step, id_] for id_ in ids]
-
-    def _fetch(self, chunk: Chunk) -> None:
-        begin = time.perf_counter()
-        asked = self.asked.pop(chunk, None) or self.service.chunk.remote(chunk)
-        try:
-            [reference] = ray.get(asked, timeout=self.timeout)
-            table = ray.get(reference, timeout=self.timeout)
-        except ray.exceptions.GetTimeoutError:
-            snapshot = self.schedule.snapshot_for(chunk.iteration)
-            raise TimeoutError(
-                f"waited {self.timeout} s (sampler.timeout_s) for the negatives of iteration {chunk.iteration}, steps "
-                f"{chunk.first} to {chunk.last - 1}, from snapshot {snapshot}"
-            ) from None
-        waited = time.perf_counter() - begin
-        if self.warmup_seconds is None:
-            self.warmup_seconds = waited
-        else:
-            self.stall_seconds += waited
-        self.current = chunk
-        self.rows = defaultdict(list)
-        snapshot = self.schedule.snapshot_for(chunk.iteration)
-        lag = None if snapshot == FIXED else chunk.iteration - snapshot
-        for row in table.to_pylist():
-            if row["iteration"] != chunk.iteration or row["snapshot"] != self.schedule.snapshot_for(chunk.iteration):
-                raise RuntimeError(
-                    f"negative of step {row['step']} comes from snapshot {row['snapshot']}, expected "
-                    f"{self.schedule.snapshot_for(chunk.iteration)}"
-                )
-            ids = row["token_ids"][: self.limit]
-            if ids and row["finish_reason"] == "stop" and len(ids) < self.limit:
-                ids = [*ids, self.end_token]
-            self.rows[row["step"], row["id"]].append(Negative(ids, row["rationale"], lag))
-        if chunk.last < self.schedule.max_steps:
-            following = self.schedule.chunk_of(chunk.last)
-            self.asked[following] = self.service.chunk.remote(following)
+def fixed_snapshot(run: RunFolder) -> Snapshot:
+    """The student of `negatives.source=fixed`, which the driver copied into the run."""
+    return Snapshot.of(run, FIXED, FIXED_STUDENT)
 
 
 def _first_line(error: BaseException) -> str:

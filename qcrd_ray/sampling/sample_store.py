@@ -123,8 +123,12 @@ class SampleSet:
         return len(stems)
 
     @contextlib.contextmanager
-    def locked(self, seconds: float = LOCK_SECONDS) -> Iterator[SetLock]:
+    def locked(self, seconds: float = LOCK_SECONDS, *, patience_s: float = 0.0) -> Iterator[SetLock]:
         """Keep other runs off. The lock ends with the process, and with the actors that share it.
+
+        Args:
+            seconds: to wait for what a run that is gone, or one of another machine, has left.
+            patience_s: to wait for a run of this machine that works on the set.
 
         Raises:
             UserError: another run works on the set.
@@ -132,7 +136,7 @@ class SampleSet:
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = SetLock(self.folder)
         try:
-            lock.take(seconds)
+            lock.take(seconds, patience_s=patience_s)
             yield lock
         finally:
             lock.close()
@@ -145,15 +149,16 @@ class SetLock:
         self._path = folder / ".lock"
         self._file = self._path.open("a+")
 
-    def take(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
+    def take(self, seconds: float, *, patience_s: float = 0.0) -> None:
+        begin = time.monotonic()
         while True:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 owner = self._owner()
-                if time.monotonic() > deadline or _is_running(owner):
+                waited = time.monotonic() - begin
+                if waited > (patience_s if _is_running(owner) else max(patience_s, seconds)):
                     raise UserError(
                         f"samples in {self._path.parent}: another run ({owner or 'unknown'}) is sampling them; "
                         "wait for it, or end it and start again"

@@ -32,19 +32,22 @@ class Schedule:
         max_steps, iteration_steps: of the run.
         chunk_steps: steps that are sampled together, at most; a chunk never spans two iterations.
         lag: j, or None where one fixed student serves all iterations.
+        eval_interval: steps between evaluations; 0: none but the first and the last.
     """
 
     max_steps: int
     iteration_steps: int
     chunk_steps: int
     lag: int | None
+    eval_interval: int = 0
 
     @classmethod
     def of(cls, config: ExperimentConfig) -> Schedule:
         fixed = config.negatives.source.startswith("fixed")
         chunk_steps = max(1, config.sampler.chunk_questions // config.train.batch_size)
         train = config.train
-        return cls(train.max_steps, train.iteration_steps, chunk_steps, None if fixed else config.negatives.lag)
+        lag = None if fixed else config.negatives.lag
+        return cls(train.max_steps, train.iteration_steps, chunk_steps, lag, train.eval_interval)
 
     @property
     def iterations(self) -> int:
@@ -66,6 +69,13 @@ class Schedule:
             return snapshot == FIXED
         return snapshot == 0 or snapshot + self.lag < self.iterations
 
+    def is_evaluated(self, snapshot: int) -> bool:
+        """Whether an evaluation falls due between the start of the iteration before and that of this one."""
+        if self.eval_interval == 0 or not 0 < snapshot < self.iterations:
+            return False
+        start, before = snapshot * self.iteration_steps, (snapshot - 1) * self.iteration_steps
+        return start // self.eval_interval > before // self.eval_interval
+
     def chunks(self, iteration: int) -> list[Chunk]:
         start = iteration * self.iteration_steps
         end = min(start + self.iteration_steps, self.max_steps)
@@ -74,4 +84,8 @@ class Schedule:
 
     def chunk_of(self, step: int) -> Chunk:
         iteration = self.iteration_of(step)
-        return self.chunks(iteration)[(step - iteration * self.iteration_steps) // self.chunk_steps]
+        start = iteration * self.iteration_steps
+        end = min(start + self.iteration_steps, self.max_steps)
+        number = (step - start) // self.chunk_steps
+        first = start + number * self.chunk_steps
+        return Chunk(iteration, number, first, min(first + self.chunk_steps, end))

@@ -7,7 +7,8 @@ import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,17 +100,45 @@ def prepare_tables(
         return Prepared(tables.prepare_tables(config, output, scripted))
     live = LiveTeacher(config)
     store = Path(config.teacher.store).expanduser() if config.teacher.store else output / "samples"
-    sample_set = SampleSet((store / live.fingerprint).absolute())
+    sample_set = live.sample_set(store)
     if keep and (counts := tables.existing_tables(config, output, live.stored(sample_set))) is not None:
         return Prepared(counts, None, sample_set)
+    with _sampled(config, live, sample_set, show) as outcome:
+        counts = tables.prepare_tables(config, output, live.stored(sample_set))
+    return Prepared(counts, outcome, sample_set)
+
+
+def sample_teacher(
+    config: ExperimentConfig, store: Path, show: Callable[[Plan, Totals], None] = lambda plan, totals: None
+) -> Outcome:
+    """Ask a live teacher for what a store lacks of the config's samples; make no tables.
+
+    Raises:
+        UserError: what the user must mend, too many failures among it; what was sampled is kept.
+    """
+    live = LiveTeacher(config)
+    with _sampled(config, live, live.sample_set(store), show) as outcome:
+        failed = failures_message(config, outcome)
+    if failed is not None:
+        raise UserError(failed)
+    return outcome
+
+
+@contextmanager
+def _sampled(
+    config: ExperimentConfig, live: LiveTeacher, sample_set: SampleSet, show: Callable[[Plan, Totals], None]
+) -> Iterator[Outcome]:
+    """A set of samples with all that the teacher would give, and nobody else at it."""
     _say_what_is_new(sample_set, live.description)
-    with ray_session(teacher_cpus(config), config.run.verbose), sample_set.locked() as lock:
+    with (
+        ray_session(teacher_cpus(config), config.run.verbose),
+        sample_set.locked(patience_s=config.teacher.store_timeout_s) as lock,
+    ):
         sample_set.create(live.description)
         outcome = sample_missing(config, sample_set, live.builder, live.start, show, lock)
         if not outcome.sampled + outcome.plan.reused:
             raise UserError(failures_message(config, outcome) or _nothing(config, outcome))
-        counts = tables.prepare_tables(config, output, live.stored(sample_set))
-    return Prepared(counts, outcome, sample_set)
+        yield outcome
 
 
 def failures_message(config: ExperimentConfig, outcome: Outcome) -> str | None:
@@ -168,6 +197,10 @@ class LiveTeacher:
             **self.builder.description(),
         }
         self.fingerprint = set_fingerprint(self.description)
+
+    def sample_set(self, store: Path) -> SampleSet:
+        """Its samples in a store."""
+        return SampleSet((store / self.fingerprint).absolute())
 
     def stored(self, sample_set: SampleSet) -> StoredSamples:
         parts = tuple(sample_set.parts())

@@ -125,6 +125,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._totals = Totals()
+        self._interrupted = False
 
     def started(self, seconds: float) -> None:
         self._totals.start_seconds = max(self._totals.start_seconds, seconds)
@@ -145,6 +146,13 @@ class Ledger:
 
     def totals(self) -> Totals:
         return self._totals
+
+    def interrupt(self) -> None:
+        """Have the actors end after the questions at hand."""
+        self._interrupted = True
+
+    def interrupted(self) -> bool:
+        return self._interrupted
 
 
 @dataclass(frozen=True)
@@ -174,6 +182,7 @@ class TeacherActor:
         self._builder = PromptBuilder(job.config, job.chat)
         self._teacher: TeacherEngine | None = None
         self._starting: asyncio.Task[TeacherEngine] | None = None
+        self._heeding: asyncio.Task[None] | None = None
         self._failed_in_row = 0
         self._stopped: str | None = None
         settings = job.config.teacher
@@ -195,6 +204,7 @@ class TeacherActor:
     async def _answer(self, number: int) -> list[dict[str, Any]]:
         if self._starting is None:
             self._starting = asyncio.create_task(self._start())
+            self._heeding = asyncio.create_task(self._heed_interrupt())
         self._teacher = await self._starting
         chunk = Chunk(self._job.folder, f"{self._job.run}-{number:06d}")
         try:
@@ -214,6 +224,13 @@ class TeacherActor:
         self._ledger.started.remote(time.time() - begin)
         self._ledger.asking.remote(time.time())
         return teacher
+
+    async def _heed_interrupt(self) -> None:
+        """Ask nothing more once the driver wants it."""
+        with contextlib.suppress(ray.exceptions.RayError):  # the ledger is gone: so is the driver
+            while not await self._ledger.interrupted.remote():
+                await asyncio.sleep(POLL_SECONDS)
+            self._stopped = "interrupted"
 
     async def _ask(self, chunk: Chunk, row: dict[str, Any], done: set[tuple[int, int]]) -> list[dict[str, Any]]:
         missing = tuple(index for index in row["missing"] if (row["key"], index) not in done)
@@ -295,11 +312,13 @@ def sample_missing(
 
     Args:
         start: from what the set has cost so far, a function that starts a teacher inside an actor.
-        show: called each second with what was asked for and what is there.
+        show: called each second, in a thread of its own, with what was asked for and what is there. It may raise
+            KeyboardInterrupt: the pool then ends after the questions at hand, and so does this function, with the same.
         lock: on the set; it is shared with the actors.
 
     Raises:
         UserError: what the user must mend before any question can be answered. What was sampled is kept.
+        KeyboardInterrupt: `show` did. What was sampled is kept.
     """
     sample_set.recover()
     run = uuid.uuid4().hex[:12]
@@ -424,15 +443,19 @@ def _run_pool(
 
 
 class _Watch:
-    """Shows the ledger each second, in a thread, and once more at the end."""
+    """Shows the ledger each second, in a thread, and once more at the end.
+
+    Where `show` raises KeyboardInterrupt the actors are told, and the block that is then soon through ends with it.
+    """
 
     def __init__(self, ledger: Any, show: Callable[[Totals], None]) -> None:
         self._ledger, self._show = ledger, show
         self._end = threading.Event()
+        self._interrupted = False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
-        while not self._end.wait(POLL_SECONDS):
+        while not (self._interrupted or self._end.wait(POLL_SECONDS)):
             self._once()
 
     def _once(self) -> None:
@@ -440,16 +463,23 @@ class _Watch:
             totals = ray.get(self._ledger.totals.remote(), timeout=10)
         except ray.exceptions.RayError:
             return  # the node of the ledger is busy or gone; the job itself tells
-        self._show(totals)
+        try:
+            self._show(totals)
+        except KeyboardInterrupt:
+            self._interrupted = True
+            self._ledger.interrupt.remote()
 
     def __enter__(self) -> _Watch:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._end.set()
         self._thread.join(timeout=15)
-        self._once()
+        if not self._interrupted:
+            self._once()
+        if self._interrupted and kind is None:
+            raise KeyboardInterrupt
 
 
 def _questions_at_once(config: ExperimentConfig) -> int:

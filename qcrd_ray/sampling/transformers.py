@@ -20,7 +20,7 @@ from qcrd_ray.seeding import stable_hash
 
 
 @dataclass
-class _Sequence:
+class SequenceState:
     """One generation under way."""
 
     place: tuple[int, int]
@@ -30,7 +30,16 @@ class _Sequence:
     logprob: float = 0.0
     count: int = 0
     finish_reason: str = ""
-    text: str = ""
+
+    @classmethod
+    def of(cls, request: Request, place: tuple[int, int]) -> SequenceState:
+        """A generation of a request, with the random stream that its seed and number decide.
+
+        Args:
+            place: index of the request and number of the generation.
+        """
+        seed = stable_hash(request.seed, "generation", place[1])
+        return cls(place, request, torch.Generator().manual_seed(seed))
 
 
 class TransformersEngine:
@@ -61,7 +70,7 @@ class TransformersEngine:
     def generate(self, requests: Sequence[Request]) -> list[list[Generation]]:
         results: list[list[Generation | None]] = [[None] * request.n for request in requests]
         waiting = [
-            _Sequence((index, number), request, _generator(request.seed, number))
+            SequenceState.of(request, (index, number))
             for index, request in enumerate(requests)
             for number in range(request.n)
         ]
@@ -75,7 +84,7 @@ class TransformersEngine:
                 results[index][number] = self._finish(sequence)
         return results  # type: ignore[return-value]
 
-    def _run(self, batch: list[_Sequence]) -> None:
+    def _run(self, batch: list[SequenceState]) -> None:
         """Generate until every sequence of the batch has ended; those that have leave the batch."""
         step = self._start_seq2seq(batch) if self.is_seq2seq else self._start_causal(batch)
         alive = list(batch)
@@ -93,7 +102,7 @@ class TransformersEngine:
                 tokens = [tokens[row] for row in keep]
             logits = step.next(tokens)
 
-    def _sample(self, logits: Tensor, alive: list[_Sequence]) -> list[int]:
+    def _sample(self, logits: Tensor, alive: list[SequenceState]) -> list[int]:
         """One token a sequence, and its raw log-probability added to the sequence."""
         logprobs = logits.float().log_softmax(-1)
         tokens = []
@@ -113,7 +122,7 @@ class TransformersEngine:
                 sequence.count += 1
         return tokens
 
-    def _append(self, sequence: _Sequence, token: int) -> None:
+    def _append(self, sequence: SequenceState, token: int) -> None:
         if sequence.finish_reason:
             return
         if token == self.end and not sequence.request.parameters.ignore_end:
@@ -129,17 +138,17 @@ class TransformersEngine:
         if sequence.count >= parameters.max_tokens:
             sequence.finish_reason = "length"
 
-    def _finish(self, sequence: _Sequence) -> Generation:
+    def _finish(self, sequence: SequenceState) -> Generation:
         text = self.tokenizer.decode(sequence.ids, skip_special_tokens=True)
         for stop in sequence.request.parameters.stop:
             text = text.split(stop)[0]
         mean = sequence.logprob / sequence.count if sequence.count else math.nan
         return Generation(text, tuple(sequence.ids), mean, sequence.finish_reason)
 
-    def _start_seq2seq(self, batch: list[_Sequence]) -> _Seq2SeqStep:
+    def _start_seq2seq(self, batch: list[SequenceState]) -> _Seq2SeqStep:
         return _Seq2SeqStep(self.model, *self._pad([s.request.prompt for s in batch], left=False))
 
-    def _start_causal(self, batch: list[_Sequence]) -> _CausalStep:
+    def _start_causal(self, batch: list[SequenceState]) -> _CausalStep:
         return _CausalStep(self.model, *self._pad([s.request.prompt for s in batch], left=True))
 
     def _pad(self, prompts: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
@@ -153,15 +162,25 @@ class TransformersEngine:
         return ids.to(self.device), mask.to(self.device)
 
     @torch.inference_mode()
-    def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Raw log-probabilities of tokens 1.. of each prompt. Raises ValueError for an encoder-decoder model."""
-        if self.is_seq2seq:
-            raise ValueError("an encoder-decoder model gives its prompt no log-probabilities")
-        found = []
-        for prompt in prompts:
-            ids = torch.tensor([list(prompt)], device=self.device)
-            logprobs = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-            found.append(logprobs.gather(1, ids[0, 1:].unsqueeze(1)).squeeze(1).tolist())
+    def target_logprobs(self, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> list[list[float]]:
+        found: list[list[float]] = []
+        pairs = list(zip(prompts, targets, strict=True))
+        for first in range(0, len(pairs), self.spec.max_sequences):
+            batch = pairs[first : first + self.spec.max_sequences]
+            ids, mask = self._pad([prompt for prompt, _ in batch], left=not self.is_seq2seq)
+            step = _Seq2SeqStep(self.model, ids, mask) if self.is_seq2seq else _CausalStep(self.model, ids, mask)
+            length = max(len(target) for _, target in batch)
+            values: list[list[float]] = [[] for _ in batch]
+            tokens: list[int] = []
+            for place in range(length):
+                logits = step.next(tokens) if place else step.first()
+                tokens = [target[place] if place < len(target) else self.pad for _, target in batch]
+                logprobs = logits.float().log_softmax(-1)
+                picked = logprobs.gather(1, torch.tensor(tokens, device=self.device).unsqueeze(1)).squeeze(1).tolist()
+                for row, (_, target) in enumerate(batch):
+                    if place < len(target):
+                        values[row].append(picked[row])
+            found.extend(values)
         return found
 
     def load_weights(self, snapshot: Path) -> None:
@@ -177,9 +196,17 @@ class TransformersEngine:
             raise RuntimeError(
                 f"snapshot {snapshot}: missing {missing[:3]}, unknown {unknown[:3]}, {len(state)} tensors"
             )
+        holder: dict[int, str] = {}
+        for name, value in state.items():
+            other = holder.setdefault(own[name].data_ptr(), name)
+            if other != name and not torch.equal(value, state[other]):
+                raise RuntimeError(f"snapshot {snapshot}: {name} and {other} differ, but the model has tied them")
         with torch.no_grad():
             for name, value in state.items():
                 own[name].copy_(value)
+
+    def rest(self) -> None:
+        """Keeps its memory."""
 
     def close(self) -> None:
         self.model = None
@@ -259,14 +286,13 @@ class _Seq2SeqStep:
         self.states, self.mask = self.states[index], self.mask[index]
 
 
-def _generator(seed: int, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(stable_hash(seed, "generation", number))
-
-
 def _draw(logprobs: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
     """A token from the tempered distribution over the likeliest, by the inverse of its cumulative sum."""
     width = logprobs.shape[-1]
-    values, tokens = logprobs.topk(min(top_k or width, width))
+    if top_k == 0 and top_p == 1.0:  # nothing is cut off, so nothing has to be sorted
+        values, tokens = logprobs, torch.arange(width)
+    else:
+        values, tokens = logprobs.topk(min(top_k or width, width))
     probabilities = (values.double() / temperature).softmax(-1)
     if top_p < 1.0:
         before = probabilities.cumsum(-1) - probabilities

@@ -65,6 +65,7 @@ class VllmEngine:
             max_model_len=length,
             max_num_seqs=spec.max_sequences,
             tensor_parallel_size=spec.tensor_parallel,
+            enable_sleep_mode=spec.sleep,
             enable_prefix_caching=True,
             enforce_eager=not spec.gpu,
             trust_remote_code=spec.trust_remote_code,
@@ -76,10 +77,13 @@ class VllmEngine:
             **settings,
         )
         self.end = int(self.llm.get_tokenizer().eos_token_id)
+        self.sleeps = spec.sleep
+        self.asleep = False
 
     def generate(self, requests: Sequence[Request]) -> list[list[Generation]]:
         if not requests:
             return []
+        self._wake()
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(request.prompt)} for request in requests],
             [_parameters(request) for request in requests],
@@ -116,26 +120,42 @@ class VllmEngine:
         mean = sum(values) / len(values) if values else math.nan
         return Generation(output.text, tuple(ids), mean, output.finish_reason)
 
-    def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+    def target_logprobs(self, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> list[list[float]]:
         from vllm import SamplingParams
 
+        if not prompts:
+            return []
+        self._wake()
+        texts = [[*prompt, *target] for prompt, target in zip(prompts, targets, strict=True)]
         outputs = self.llm.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            [{"prompt_token_ids": text} for text in texts],
             SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0),
             use_tqdm=False,
         )
-        return [
-            [position[token].logprob for token, position in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
-            for prompt, output in zip(prompts, outputs, strict=True)
-        ]
+        found = []
+        for prompt, text, output in zip(prompts, texts, outputs, strict=True):
+            places = range(len(prompt), len(text))
+            found.append([float(output.prompt_logprobs[place][text[place]].logprob) for place in places])
+        return found
 
     def load_weights(self, snapshot: Path) -> None:
         if not (snapshot / "config.json").is_file():
             raise RuntimeError(f"snapshot {snapshot}: no config.json")
+        self._wake()
         self.llm.collective_rpc("swap_weights", args=(str(snapshot),))
         # Cached prefixes were computed with the old weights.
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache; requests are still running")
+
+    def rest(self) -> None:
+        if self.sleeps and not self.asleep:
+            self.llm.sleep(level=1)  # the weights wait in the CPU's memory, the cache of keys and values is dropped
+            self.asleep = True
+
+    def _wake(self) -> None:
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
 
     def close(self) -> None:
         with contextlib.suppress(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +41,31 @@ class StudentTokenizer:
 
     def prompt(self, prefix: str, text: str) -> tuple[list[int], bool]:
         """Token ids of a prompt, and whether the text was cut to fit `max_input_tokens`."""
-        ids = self._encode(f"{prefix} {text}")
-        if not self.is_seq2seq and self.tokenizer.bos_token_id is not None and _adds_start(self.tokenizer):
-            ids = [int(self.tokenizer.bos_token_id), *ids]
-        tail = [self.end] if self.is_seq2seq else self._suffix
-        room = max(1, self.config.max_input_tokens - len(tail))
-        return ids[:room] + tail, len(ids) > room
+        [found] = self.prompts(prefix, [text])
+        return found
+
+    def prompts(self, prefix: str, texts: Sequence[str]) -> list[tuple[list[int], bool]]:
+        """`prompt` of many texts.
+
+        A prompt that is not cut has the ids of its text as a whole, line break included, so that whoever sends the text
+        to a server or a pipeline asks what was trained: some tokenizers make one token of a full stop and a line break.
+        """
+        if not texts:
+            return []
+        adds_start = not self.is_seq2seq and self.tokenizer.bos_token_id is not None and _adds_start(self.tokenizer)
+        start = [int(self.tokenizer.bos_token_id)] if adds_start else []
+        asked = [f"{prefix} {text}" for text in texts]
+        ending, tail = ("", [self.end]) if self.is_seq2seq else ("\n", self._suffix)
+        whole = self.tokenizer([text + ending for text in asked], add_special_tokens=False)["input_ids"]
+        longest = self.config.max_input_tokens
+        found = []
+        for text, ids in zip(asked, whole, strict=True):
+            ids = [*start, *ids, self.end] if self.is_seq2seq else [*start, *ids]
+            cut = len(ids) > longest
+            if cut:
+                ids = [*start, *self._encode(text)][: max(1, longest - len(tail))] + tail
+            found.append((ids, cut))
+        return found
 
     def target(self, text: str, limit: int) -> Target:
         """Token ids of a target of at most `limit` tokens, the end token among them."""

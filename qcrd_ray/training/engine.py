@@ -63,6 +63,7 @@ class TrainEngine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, config=settings, dist_init_required=False
         )
+        self.engine.train(True)  # a network that was loaded is in evaluation mode
         self.adam: torch.optim.AdamW = getattr(self.optimizer, "optimizer", self.optimizer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -90,13 +91,16 @@ class TrainEngine:
     # States
 
     def weights(self) -> dict[str, Tensor] | None:
-        """The module's weights as they are used, on the CPU: on rank 0, else None. A collective under ZeRO-3."""
+        """The module's weights as they are used: on rank 0, else None. A collective under ZeRO-3.
+
+        They may share their memory with the module's own.
+        """
         if self.stage == 3:
             state = self.engine._zero3_consolidated_16bit_state_dict()
             return None if state is None else {name: value.contiguous() for name, value in state.items()}
         if dist.get_rank() != 0:
             return None
-        return {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
+        return {name: value.detach() for name, value in self.module.state_dict().items()}
 
     def full_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """(name, {"weight", "exp_avg", "exp_avg_sq"}) of each parameter, fp32, whole. All ranks iterate."""

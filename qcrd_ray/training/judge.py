@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,8 +14,9 @@ from qcrd_ray.models.discriminator import Discriminator
 from qcrd_ray.objectives.discriminator import discriminator_loss
 from qcrd_ray.rationales.augmentation import AUGMENTED
 from qcrd_ray.rationales.order import DataOrder
-from qcrd_ray.rationales.streaming import student_tools
 from qcrd_ray.rationales.tables import open_rationale_table, rows_at
+from qcrd_ray.run_folder import RunFolder
+from qcrd_ray.tasks import get_task
 from qcrd_ray.training.engine import TrainEngine
 
 SETTLED = 0.95
@@ -52,6 +52,8 @@ class OnlineJudge:
         self.discriminator = discriminator
         self.steps = 0
         self.pretrained_steps = 0
+        self.reused = False
+        """Whether it was pretrained by another run."""
 
     @property
     def updates(self) -> int:
@@ -60,7 +62,6 @@ class OnlineJudge:
 
     def score(self, questions: Sequence[str], rationales: Sequence[str]) -> Tensor:
         """Scores in [0, 1] of (question, rationale) pairs: [N] float32 on the CPU, no gradient."""
-        self.discriminator.eval()
         return self.discriminator.score(questions, rationales, self.config.train.tokens_per_pass).cpu()
 
     def learning_rate(self, iteration: int) -> float:
@@ -115,20 +116,20 @@ class OnlineJudge:
         encoded = self.discriminator.encode_pairs([question for question, _ in pairs], [text for _, text in pairs])
         return self.engine.forward(encoded["input_ids"], encoded["attention_mask"])
 
-    def pretrain(self, table_path: Path, model: str, rank: int, world: int) -> JudgeUpdate | None:
+    def pretrain(self, run: RunFolder, rank: int, world: int) -> JudgeUpdate | None:
         """Up to `judge.pretrain_steps` on the teacher's positives against its minority and corrupted positives (A.3).
 
         Ends early once the scores have been settled for some steps. The same questions whatever the number of ranks.
 
         Args:
-            table_path: of the rationale sets; the corrupted positives lie beside, unless `judge.augmentation` is none.
+            run: holds the rationale sets, and the corrupted positives unless `judge.augmentation` is none.
         """
         settings = self.config.judge
-        table = open_rationale_table(table_path)
-        augmented_path = table_path.with_suffix(f".{AUGMENTED}.arrow")
-        augmented = open_rationale_table(augmented_path) if augmented_path.is_file() else None
+        table = open_rationale_table(run.table("train"))
+        augmented_path = run.find_table(f"train.{AUGMENTED}")
+        augmented = open_rationale_table(augmented_path) if augmented_path is not None else None
         order = DataOrder(table.num_rows, settings.pretrain_batch_size, self.config.train.seed + 1)
-        _, task = student_tools(model, self.config)
+        task = get_task(self.config)
         update: JudgeUpdate | None = None
         settled = 0
         for step in range(settings.pretrain_steps):

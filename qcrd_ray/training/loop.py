@@ -17,26 +17,32 @@ import torch
 import torch.distributed as dist
 
 from qcrd_ray.config import ExperimentConfig
+from qcrd_ray.errors import UserError, find_user_error
 from qcrd_ray.models.discriminator import Discriminator
-from qcrd_ray.models.student import Student, load_student
+from qcrd_ray.models.student import Student, local_model
 from qcrd_ray.rationales.corruption import fill_negatives
 from qcrd_ray.rationales.streaming import StepBatch, StreamSpec, stream_batches
-from qcrd_ray.run_folder import RunFolder, append_json_line, atomic_folder, write_text_atomic
-from qcrd_ray.sampling.lagged_student import NegativesClient
+from qcrd_ray.run_folder import INITIAL_JUDGE, JUDGE, Metrics, RunFolder
+from qcrd_ray.run_lock import check_attempt
+from qcrd_ray.sampling.negatives import NegativesClient
 from qcrd_ray.sampling.schedule import Schedule
 from qcrd_ray.seeding import stable_hash
+from qcrd_ray.training import judge_store
 from qcrd_ray.training.checkpoint import (
     Progress,
-    checkpoint_folder,
+    build_student,
+    checkpoint_name,
     checkpoint_steps,
-    read_progress,
+    newest_progress,
     restore_optimizer,
     save_checkpoint,
 )
 from qcrd_ray.training.engine import TrainEngine, read_deepspeed_json
 from qcrd_ray.training.judge import JudgedQuestion, OnlineJudge
-from qcrd_ray.training.methods import Candidates, StepLosses, candidates, train_on_batch
-from qcrd_ray.training.snapshots import publish_snapshot
+from qcrd_ray.training.methods import Candidates
+from qcrd_ray.training.prometheus import TrainingExporter
+from qcrd_ray.training.snapshots import SnapshotPublisher
+from qcrd_ray.training.step import StepLosses, candidates, train_on_batch
 
 logger = logging.getLogger(__name__)
 
@@ -46,54 +52,80 @@ class WorkerSpec:
     """What every worker is started with.
 
     Attributes:
-        model: where the untouched student is loaded from.
-        judge: where the discriminator starts from, None without one.
         service: handle of the SamplingService.
+        token: of the driver that has the run.
+        judged: whether a discriminator weighs the rationales.
     """
 
     config: ExperimentConfig
     run: RunFolder
-    model: str
-    judge: str | None
     service: Any
+    token: str
+    judged: bool
 
 
 def train_worker(spec: WorkerSpec) -> None:
-    """Train the student from the newest checkpoint, or from the start, to the last step."""
+    """Train the student from the newest checkpoint, or from the start, to the last step, or to where it is stopped.
+
+    Raises:
+        UserError: what only the user can mend.
+    """
+    try:
+        _train(spec)
+    except Exception as error:
+        told = find_user_error(error)
+        if told is None:
+            raise
+        raise UserError(str(told)) from None  # plain: it goes through two processes
+
+
+def _train(spec: WorkerSpec) -> None:
     config, run = spec.config, spec.run
     rank, world = dist.get_rank(), dist.get_world_size()
     _set_up_process(config)
     schedule = Schedule.of(config)
+    model = local_model(run, config.student.model)
 
-    progress = read_progress(run) or Progress(step=0)
-    resumed = checkpoint_folder(run, progress.step) if progress.step else None
+    progress = newest_progress(run) or Progress(step=0)
+    resumed = run.get_folder(checkpoint_name(progress.step), check=False) if progress.step else None
     torch.manual_seed(stable_hash(config.train.seed, "init"))
-    student = load_student(str(resumed / "student") if resumed else spec.model, config.student, _dtype(config))
+    student = build_student(model, config.student, _dtype(config), resumed)
     engine = _student_engine(student, config)
     judge = _judge(spec, resumed)
     if resumed:
         restore_optimizer(resumed, engine, judge, progress)
+    metrics = Metrics(run)
     if rank == 0:
-        _drop_metrics_from(run, progress.step)
-        ray.get(spec.service.rewind.remote(progress.step))
+        attempt = ray.get(spec.service.rewind.remote(progress.step))
+        metrics.begin(progress.step)
     dist.barrier()
-    if not resumed:
-        _publish(spec, engine, student, 0)
-        if judge:
-            _pretrain(spec, judge, rank, world)
 
-    client = NegativesClient(spec.service, config, student.tokenizer.end)
-    stream = StreamSpec(str(run.table("train")), spec.model, config, rank, world)
-    clock = _Clock(progress, config)
-    for batch in stream_batches(stream, progress.step, config.train.max_steps):
+    def fence() -> None:
+        """Of rank 0, before it writes what others build on."""
+        check_attempt(run, spec.token, attempt)
+
+    publisher = SnapshotPublisher(run, config, engine, student, model, fence)
+    if not resumed:
+        _publish(spec, publisher, 0)
+        if judge:
+            _pretrain(spec, judge, metrics, rank)
+
+    checkpoints = checkpoint_steps(run) if rank == 0 else []
+    stop = spec.service.until_stop.remote() if rank == 0 else None
+    client = NegativesClient(spec.service, run, config, student.tokenizer.end)
+    clock = _Clock(progress, config, publisher)
+    exported = TrainingExporter(config, progress) if rank == 0 else None
+    for batch in stream_batches(StreamSpec(run, config, rank, world), progress.step, config.train.max_steps):
         step, iteration = batch.step, schedule.iteration_of(batch.step)
+        clock.start()
         if schedule.starts_iteration(step):
             if step > 0 and _wants_snapshot(config, schedule, iteration):
-                _publish(spec, engine, student, iteration)
+                _publish(spec, publisher, iteration)
             if rank == 0:
-                spec.service.progress.remote(step, checkpoint_steps(run))
-        clock.start()
+                fence()
+                spec.service.progress.remote(step, checkpoints)
         torch.manual_seed(stable_hash(config.train.seed, "dropout", step, rank))
+        clock.waits()
         negatives = client.take(step, [row.id for row in batch.rows])
         clock.waited()
         found = candidates(config, batch.rows, negatives)
@@ -103,20 +135,41 @@ def train_worker(spec: WorkerSpec) -> None:
         gradient_norm = engine.step(lr)
         judged = _update_judge(config, schedule, judge, step, found)
 
-        record, progress = clock.account(progress, batch, losses, client, judge, negatives)
+        asked = stop is not None and _is_ready(stop)
+        record, progress, stopped = clock.account(progress, batch, losses, client, judge, negatives, asked)
         record |= {"step": step, "iteration": iteration, "epoch": batch.epoch, "lr": lr, "gradient_norm": gradient_norm}
         record |= judged
         if rank == 0:
-            _log(config, run, record, step)
+            _log(config, metrics, record, step)
+        if exported:
+            exported.step(record, progress)
         done = step + 1
-        if done % config.train.checkpoint_interval == 0 or done == config.train.max_steps:
-            save_checkpoint(run, engine, student, judge, progress, config.train.checkpoints_kept)
+        if stopped or done % config.train.checkpoint_interval == 0 or done == config.train.max_steps:
+            # What a resume samples from must be there before the checkpoint is.
+            publisher.wait()
+            metrics.flush()
+            begin = time.perf_counter()
+            checkpoints = save_checkpoint(run, engine, student, judge, progress, config.train.checkpoints_kept, fence)
+            seconds = time.perf_counter() - begin
+            clock.checkpoint_seconds += seconds
+            if exported:
+                exported.checkpoint(seconds)
+        if stopped and done < config.train.max_steps:
+            return
 
-    _publish(spec, engine, student, schedule.iterations)
+    _publish(spec, publisher, schedule.iterations)
+    publisher.wait()
     if judge and rank == 0:
-        with atomic_folder(run.judge) as folder:
-            judge.discriminator.save(folder)
+        run.write_folder(JUDGE, judge.discriminator.save)
     dist.barrier()
+
+
+def _is_ready(reference: Any) -> bool:
+    """Whether a reference is ready. Raises what it failed with."""
+    if not ray.wait([reference], timeout=0)[0]:
+        return False
+    ray.get(reference)
+    return True
 
 
 def learning_rate(config: ExperimentConfig, step: int) -> float:
@@ -125,14 +178,6 @@ def learning_rate(config: ExperimentConfig, step: int) -> float:
     if step < warmup:
         return config.optim.lr * (step + 1) / warmup
     return config.optim.lr * (steps - step) / max(1, steps - warmup)
-
-
-def _drop_metrics_from(run: RunFolder, step: int) -> None:
-    """Metrics of steps that will be done again, and a line that a kill cut short, go."""
-    if run.metrics.exists():
-        lines = run.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if step and line.endswith("\n") and json.loads(line).get("step", -1) < step]
-        write_text_atomic(run.metrics, "".join(kept))
 
 
 def _set_up_process(config: ExperimentConfig) -> None:
@@ -158,27 +203,27 @@ def _student_engine(student: Student, config: ExperimentConfig) -> TrainEngine:
 
 
 def _judge(spec: WorkerSpec, resumed: Path | None) -> OnlineJudge | None:
-    if spec.judge is None:
+    if not spec.judged:
         return None
     torch.manual_seed(stable_hash(spec.config.train.seed, "judge"))
-    if resumed:
-        return OnlineJudge(Discriminator.load(resumed / "judge"), spec.config)
-    return OnlineJudge(Discriminator.load(Path(spec.judge)), spec.config)
+    source = resumed / "judge" if resumed else spec.run.get_folder(INITIAL_JUDGE)
+    return OnlineJudge(Discriminator.load(source), spec.config)
 
 
-def _pretrain(spec: WorkerSpec, judge: OnlineJudge, rank: int, world: int) -> None:
+def _pretrain(spec: WorkerSpec, judge: OnlineJudge, metrics: Metrics, rank: int) -> None:
     begin = time.perf_counter()
     torch.manual_seed(stable_hash(spec.config.train.seed, "pretrain", rank))
-    update = judge.pretrain(spec.run.table("train"), spec.model, rank, world)
+    update = judge_store.pretrain(judge, spec.config, spec.run)
     if rank == 0 and update:
         record = {
             "judge_pretrained_steps": judge.pretrained_steps,
+            "judge_reused": judge.reused,
             "judge_pretrain_loss": update.loss,
             "judge_pretrain_positive_score": update.positive_score,
             "judge_pretrain_negative_score": update.negative_score,
             "seconds": time.perf_counter() - begin,
         }
-        append_json_line(spec.run.metrics, record)
+        metrics.add(record)
         logger.info(
             "judge pretrained for %d steps: mean score %.2f of positives, %.2f of negatives",
             judge.pretrained_steps,
@@ -187,25 +232,21 @@ def _pretrain(spec: WorkerSpec, judge: OnlineJudge, rank: int, world: int) -> No
         )
 
 
-def _is_evaluated(config: ExperimentConfig, iteration: int) -> bool:
-    """Whether an evaluation falls due between the start of the iteration before and that of this one."""
-    interval, steps = config.train.eval_interval, config.train.iteration_steps
-    return interval > 0 and iteration > 0 and iteration * steps // interval > (iteration - 1) * steps // interval
-
-
 def _wants_snapshot(config: ExperimentConfig, schedule: Schedule, iteration: int) -> bool:
     """Whether an iteration to come samples from θ_`iteration`, or it is to be evaluated."""
-    return _is_evaluated(config, iteration) or (config.sampled_negatives > 0 and schedule.is_needed(iteration))
+    return schedule.is_evaluated(iteration) or (config.sampled_negatives > 0 and schedule.is_needed(iteration))
 
 
-def _publish(spec: WorkerSpec, engine: TrainEngine, student: Student, number: int) -> None:
-    """Write θ_`number` and tell the service, which also evaluates it where the config says so. A collective."""
-    folder = publish_snapshot(spec.run, number, engine, student)
-    if folder is None:
-        return
-    ray.get(spec.service.publish.remote(number, folder))
-    if number < Schedule.of(spec.config).iterations and _is_evaluated(spec.config, number):
-        spec.service.evaluate_and_keep_best.remote(number)
+def _publish(spec: WorkerSpec, publisher: SnapshotPublisher, number: int) -> None:
+    """Have θ_`number` written and the service told, which also evaluates it where the config says so. A collective."""
+    config = spec.config
+    evaluate = Schedule.of(config).is_evaluated(number)
+    step = min(number * config.train.iteration_steps, config.train.max_steps)
+
+    def announce(number: int, folder: str, digest: str) -> None:
+        ray.get(spec.service.publish.remote(number, folder, digest, evaluate))
+
+    publisher.publish(number, step, announce)
 
 
 def _update_judge(
@@ -236,18 +277,23 @@ def _update_judge(
 class _Clock:
     """Counts a worker's steps and sums them over ranks."""
 
-    def __init__(self, progress: Progress, config: ExperimentConfig) -> None:
+    def __init__(self, progress: Progress, config: ExperimentConfig, publisher: SnapshotPublisher) -> None:
         self.config = config
+        self.publisher = publisher
+        self.checkpoint_seconds = 0.0
         self.begin = time.perf_counter()
         self.base = progress
         self.step_begin = self.begin
 
     def start(self) -> None:
         self.step_begin = time.perf_counter()
-        self.take_seconds = 0.0
+        self.published = self.publisher.seconds
+
+    def waits(self) -> None:
+        self.wait_begin = time.perf_counter()
 
     def waited(self) -> None:
-        self.take_seconds = time.perf_counter() - self.step_begin
+        self.take_seconds = time.perf_counter() - self.wait_begin
 
     def account(
         self,
@@ -257,19 +303,28 @@ class _Clock:
         client: NegativesClient,
         judge: OnlineJudge | None,
         negatives: list[list[Any]],
-    ) -> tuple[dict[str, Any], Progress]:
-        """The step's line of metrics (means over the global batch), and the run's progress after it."""
+        asked: bool,
+    ) -> tuple[dict[str, Any], Progress, bool]:
+        """The step's line of metrics (means over the global batch), the run's progress after it, and whether it ends.
+
+        Args:
+            asked: this rank knows that the run is asked to end. All ranks end at the same step.
+        """
         lags = [negative.lag for row in negatives for negative in row if negative.lag is not None]
         cuts = [sum(row.cut_prompts for row in batch.rows), sum(row.cut_targets for row in batch.rows)]
         extremes = torch.tensor([-min(lags, default=10**9), max(lags, default=-1), client.stall_seconds,
-                                 client.warmup_seconds or 0.0], dtype=torch.float64)  # fmt: skip
-        sums = torch.tensor([*losses.vector(), *cuts, sum(map(len, negatives))], dtype=torch.float64)
-        if dist.get_world_size() > 1:
+                                 client.warmup_seconds or 0.0, self.publisher.seconds, self.checkpoint_seconds,
+                                 float(asked)], dtype=torch.float64)  # fmt: skip
+        rank, world = dist.get_rank(), dist.get_world_size()
+        rows = [0] * batch.global_size
+        rows[rank::world] = [row.row for row in batch.rows]
+        sums = torch.tensor([*losses.vector(), *cuts, sum(map(len, negatives)), *rows], dtype=torch.float64)
+        if world > 1:
             dist.all_reduce(sums)
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
         names = [f.name for f in dataclasses.fields(StepLosses)]
         total = dict(zip(names, sums.tolist(), strict=False))
-        cut_prompts, cut_targets, requested = sums.tolist()[len(names) :]
+        cut_prompts, cut_targets, requested, *trained = sums.tolist()[len(names) :]
         lag_min, lag_max = int(-extremes[0]), int(extremes[1])
         known = lag_max >= 0
         questions = batch.global_size
@@ -286,10 +341,14 @@ class _Clock:
             with_negative=progress.with_negative + int(total["with_negative"]),
             stall_seconds=self.base.stall_seconds + float(extremes[2]),
             warmup_seconds=self.base.warmup_seconds + float(extremes[3]),
+            snapshots=self.base.snapshots + self.publisher.count,
+            publish_seconds=self.base.publish_seconds + float(extremes[4]),
+            checkpoint_seconds=self.base.checkpoint_seconds + float(extremes[5]),
             cut_prompts=progress.cut_prompts + int(cut_prompts),
             cut_targets=progress.cut_targets + int(cut_targets),
             judge_steps=judge.steps if judge else 0,
             judge_pretrained_steps=judge.pretrained_steps if judge else 0,
+            judge_reused=judge.reused if judge else False,
             lag_min=_least(progress.lag_min, lag_min) if known else progress.lag_min,
             lag_max=max(progress.lag_max or 0, lag_max) if known else progress.lag_max,
         )
@@ -303,12 +362,16 @@ class _Clock:
             "score_negative": _ratio(total["negative_score"], total["scored_negative"]),
             "tokens": int(total["tokens"]),
             "passes": int(total["passes"]),
+            "rows": [int(row) for row in trained],
             "negatives": int(total["negatives_used"]),
             "lag": lag_max if known else None,
             "wait_seconds": round(self.take_seconds, 4),
+            "publish_seconds": round(self.publisher.seconds - self.published, 4),
             "seconds": round(seconds, 4),
         }
-        return record, after
+        if self.config.couples_tasks:
+            record["loss_mutual_information"] = total["mutual_information"] / questions
+        return record, after, bool(extremes[6])
 
 
 def _least(a: int | None, b: int) -> int:
@@ -319,10 +382,10 @@ def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def _log(config: ExperimentConfig, run: RunFolder, record: dict[str, Any], step: int) -> None:
+def _log(config: ExperimentConfig, metrics: Metrics, record: dict[str, Any], step: int) -> None:
     """One line of metrics a step, and every `log_interval` steps one for a person."""
     clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
-    append_json_line(run.metrics, clean)
+    metrics.add(clean)
     done, steps = step + 1, config.train.max_steps
     if done % config.train.log_interval == 0 or done == steps or step == 0:
         logger.info(json.dumps(clean))

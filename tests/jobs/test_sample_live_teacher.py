@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from qcrd_ray.models.scratch import build_scratch
+from tests.faults.runs import below
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = 40
@@ -68,18 +71,6 @@ def started(arguments: list[str], log: Path, output: Path, enough: int) -> subpr
     return process
 
 
-def teachers_of(driver: int) -> list[psutil.Process]:
-    """Engine actors among what a driver has started."""
-    found = []
-    for process in psutil.Process(driver).children(recursive=True):
-        try:
-            if "TeacherActor" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def samples(output: Path) -> list[tuple[str, int]]:
     rows = pq.read_table(output / "teacher_samples").to_pylist()
     assert len({row["fingerprint"] for row in rows}) == 1
@@ -125,12 +116,30 @@ def test_a_killed_driver_goes_on_and_more_samples_are_asked_beside_the_old(folde
 
 
 @pytest.mark.slow
+def test_a_stopped_job_says_so_in_a_line_and_keeps_what_was_sampled(folder: Path, tmp_path: Path) -> None:
+    output, log = tmp_path / "out", tmp_path / "log"
+    sampling = command(folder, output, "teacher.samples=20", "teacher.engine=transformers")
+    process = started(sampling, log, output, enough=15)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert not psutil.wait_procs(family, timeout=30)[1]
+    said = log.read_text()
+    assert said.splitlines()[-1] == "interrupted by SIGTERM"
+    assert "Traceback" not in said and process.communicate()[0] == ""
+    kept = written(output)
+    result = run(*sampling)
+    assert result["sampling"]["reused"] == kept >= 15
+    assert written(output) == 20 * QUESTIONS, "a sample was written twice"
+
+
+@pytest.mark.slow
 def test_a_killed_engine_comes_back_and_a_changed_temperature_begins_a_set_of_its_own(
     folder: Path, tmp_path: Path
 ) -> None:
     output, log = tmp_path / "out", tmp_path / "log"
     process = started(command(folder, output, "teacher.samples=3"), log, output, enough=15)
-    (teacher,) = teachers_of(process.pid)
+    (teacher,) = below(process.pid, "TeacherActor")
     teacher.kill()
     output_text, _ = process.communicate(timeout=240)
     assert process.returncode == 0, log.read_text()[-4000:]
@@ -173,11 +182,8 @@ def test_a_teacher_that_cannot_be_used_is_one_line(
 @pytest.fixture
 def nobody() -> str:
     """The URL of a port that nobody listens at."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
+    [port] = free_ports(1)
+    return f"http://127.0.0.1:{port}/v1"
 
 
 @pytest.mark.slow

@@ -2,43 +2,19 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
-from qcrd_ray.models.causal import CausalStudent
-from qcrd_ray.models.seq2seq import Seq2SeqStudent
 from qcrd_ray.models.student import Item, Student, cut_into_passes
+from tests.tiny_students import tiny_student
 
 VOCABULARY = 97
-TOKENIZER = SimpleNamespace(pad=0, end=1)
 
 
 def make_student(family: str, seed: int = 0) -> Student:
-    torch.manual_seed(seed)
-    if family == "t5":
-        config = T5Config(
-            vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0,
-            pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
-        )  # fmt: skip
-        return Seq2SeqStudent(T5ForConditionalGeneration(config), TOKENIZER)
-    shape = dict(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=2, attn_implementation="sdpa",
-    )  # fmt: skip
-    if family == "llama":
-        return CausalStudent(LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)), TOKENIZER)
-    return CausalStudent(Qwen2ForCausalLM(Qwen2Config(**shape)), TOKENIZER)
+    made: Student = tiny_student(family, VOCABULARY, seed)
+    return made
 
 
 def make_items(seed: int, questions: int = 5, most: int = 4) -> list[Item]:

@@ -265,3 +265,23 @@ def test_gpt35_on_svamp(benchmark_data: Path, ray_session: Any, tmp_path: Path) 
     assert ten.single_sample_accuracy == pytest.approx(0.678, abs=0.01)
     assert ten.vote_accuracy == pytest.approx(0.835, abs=0.015)
     assert five.vote_accuracy == pytest.approx(0.807, abs=0.02)
+
+
+def test_a_share_is_part_of_a_larger_share(tmp_path: Path) -> None:
+    path = source(tmp_path / "source", {f"q{i}": ["1", "1", "2"] for i in range(41)} | {"none": []})
+    used: dict[float, list[str]] = {}
+    for share in (1.0, 0.5, 0.125):
+        output = tmp_path / f"tables-{share}"
+        counts = prepare_tables(config(path, data={"share": share}), output)
+        table = tables.open_rationale_table(output / "train.arrow")
+        check_table(table.schema, RATIONALE_SETS, "train")
+        used[share] = table["id"].to_pylist()
+        assert pq.read_table(output / "rationale_sets")["id"].to_pylist() == used[share]
+        assert counts.train.used == len(used[share]) == round(41 * share)
+        left_out = counts.train.dropped.get("beyond_share")
+        assert (left_out.count if left_out else 0) == 41 - len(used[share])
+        assert counts.train.dropped["no_samples"].count == 1
+    assert used[1.0] == [f"q{i}" for i in range(41)]
+    assert used[0.5] == [q for q in used[1.0] if q in set(used[0.5])]
+    assert set(used[0.125]) < set(used[0.5])
+    assert used[0.125] != used[1.0][:5]

@@ -1,4 +1,4 @@
-"""Both engines on small random models: the same seeds, the same texts; the weights that they say they hold."""
+"""Every engine on small random models: the same seeds, the same texts; the weights that they say they hold."""
 
 from __future__ import annotations
 
@@ -58,9 +58,10 @@ def mean_logprob(folder: Path, prompt: tuple[int, ...], generation: Generation, 
     return float(logits.log_softmax(-1).gather(1, torch.tensor(ids).unsqueeze(1)).mean())
 
 
-@pytest.fixture(scope="module", params=["t5", "llama"])
+@pytest.fixture(scope="module", params=[("transformers", "t5"), ("transformers", "llama"), ("t5", "t5")], ids="-".join)
 def reference(request: Any, models: dict[str, Path]) -> tuple[str, Any]:
-    return request.param, start_engine(spec("transformers", models[request.param]))
+    kind, family = request.param
+    return family, start_engine(spec(kind, models[family]))
 
 
 def test_a_text_depends_on_its_seed_alone(reference: tuple[str, Any]) -> None:
@@ -83,6 +84,17 @@ def test_mean_logprob_is_minus_the_cross_entropy(reference: tuple[str, Any], mod
         assert generation.mean_logprob == pytest.approx(expected, abs=1e-4)
 
 
+def test_target_logprobs_are_those_of_the_sampled_tokens(reference: tuple[str, Any]) -> None:
+    _, engine = reference
+    generations = [generation for [generation] in sample(engine, HOT, list(range(11))).values()]
+    ends = [[engine.end] if generation.finish_reason == "stop" else [] for generation in generations]
+    targets = [[*generation.token_ids, *end] for generation, end in zip(generations, ends, strict=True)]
+    found = engine.target_logprobs(prompts(), targets)
+    assert [len(values) for values in found] == [len(target) for target in targets]
+    for values, generation in zip(found, generations, strict=True):
+        assert sum(values) / len(values) == pytest.approx(generation.mean_logprob, abs=1e-5)
+
+
 def test_greedy_is_what_the_library_generates(reference: tuple[str, Any]) -> None:
     _, engine = reference
     for index, [generation] in sample(engine, GREEDY, list(range(5))).items():
@@ -96,11 +108,11 @@ def test_greedy_is_what_the_library_generates(reference: tuple[str, Any]) -> Non
 
 
 def test_swapped_weights_are_those_of_the_folder(models: dict[str, Path]) -> None:
-    for family in ("t5", "llama"):
-        engine = start_engine(spec("transformers", models[family]))
+    for kind, family in (("transformers", "t5"), ("transformers", "llama"), ("t5", "t5")):
+        engine = start_engine(spec(kind, models[family]))
         before = sample(engine, GREEDY, [0, 1, 2])
         engine.load_weights(models[f"{family}-other"])
-        fresh = start_engine(spec("transformers", models[f"{family}-other"]))
+        fresh = start_engine(spec(kind, models[f"{family}-other"]))
         assert sample(engine, HOT, [0, 1, 2]) == sample(fresh, HOT, [0, 1, 2])
         engine.load_weights(models[family])
         assert sample(engine, GREEDY, [0, 1, 2]) == before
@@ -133,13 +145,16 @@ def test_vllm_samples_by_seed_and_holds_the_weights_it_was_given(models: dict[st
         assert generation.mean_logprob == pytest.approx(expected, abs=1e-3)
     assert len({generation.token_ids for generation in sample(engine, HOT, [4], n=5)[4]}) == 5
 
-    first = engine.prompt_logprobs(prompts())
+    targets = [prompt[::-1] for prompt in prompts()]
+    first = engine.target_logprobs(prompts(), targets)
+    reference = start_engine(spec("transformers", models["llama"])).target_logprobs(prompts(), targets)
+    assert max(abs(a - b) for x, y in zip(first, reference, strict=True) for a, b in zip(x, y, strict=True)) < 1e-3
     engine.load_weights(models["llama-other"])
-    swapped = engine.prompt_logprobs(prompts())
+    swapped = engine.target_logprobs(prompts(), targets)
     texts = sample(engine, HOT, list(range(11)))
     engine.close()
     fresh_engine = start_engine(spec("vllm", models["llama-other"]))
-    fresh = fresh_engine.prompt_logprobs(prompts())
+    fresh = fresh_engine.target_logprobs(prompts(), targets)
     fresh_texts = sample(fresh_engine, HOT, list(range(11)))
     fresh_engine.close()
     difference = [abs(a - b) for x, y in zip(swapped, fresh, strict=True) for a, b in zip(x, y, strict=True)]

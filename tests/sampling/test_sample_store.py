@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,6 +170,19 @@ def test_two_runs_never_sample_into_one_set(tmp_path: Path) -> None:
         process.wait()
     with SampleSet(tmp_path).locked(5):
         pass
+
+
+def test_a_run_waits_for_a_living_one_where_it_is_to(tmp_path: Path) -> None:
+    process = holder(tmp_path, "take")
+    end = threading.Timer(1.5, process.kill)
+    end.start()
+    try:
+        with SampleSet(tmp_path).locked(patience_s=30.0):
+            assert process.wait(timeout=0.1) == -signal.SIGKILL  # it had the lock until then
+    finally:
+        end.cancel()
+        process.kill()
+        process.wait()
 
 
 def test_a_run_waits_for_the_actors_that_a_killed_one_left(tmp_path: Path) -> None:

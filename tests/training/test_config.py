@@ -4,8 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from qcrd_ray.config import config_from_dict, config_to_yaml, load_config, option_lines
+from qcrd_ray.config import (
+    ExperimentConfig,
+    config_from_dict,
+    config_to_yaml,
+    differing_keys,
+    load_config,
+    option_lines,
+)
 from qcrd_ray.errors import UserError
+from qcrd_ray.hardware import cpu_computes_bf16, has_bf16_flag
 
 PRESETS = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml"))
 
@@ -54,7 +62,6 @@ def test_overrides_are_dotted_yaml() -> None:
         (["optim.lr.x=1"], "config key optim.lr"),
         (["run.name=a/b"], "is no folder name"),
         (["run.name=.."], "is no folder name"),
-        (["run.storage_path=s3://bucket/x"], "is no folder"),
         (["scheme=weighted_mean", "judge.enabled=false"], "judge.enabled=true"),
     ],
 )
@@ -86,5 +93,59 @@ def test_infrastructure_is_no_part_of_a_run_s_identity() -> None:
     assert base.run_name != config_from_dict({"loss": {"beta": 0.3}}).run_name
 
 
+def test_adapters_are_part_of_a_run_s_identity_where_there_are_any() -> None:
+    def of(**lora: object) -> ExperimentConfig:
+        return config_from_dict({"student": {"lora": lora}})
+
+    without = config_from_dict({})
+    assert not [key for key in without.identity() if "lora" in key]
+    assert of(rank=0, alpha=8).run_name == without.run_name
+    assert len({without.run_name, of(rank=8).run_name, of(rank=16).run_name, of(rank=8, alpha=8).run_name}) == 4
+
+
 def test_every_key_has_a_description() -> None:
     assert all(description for *_, description in option_lines())
+
+
+def test_the_keys_in_which_two_identities_differ() -> None:
+    before = {"a": 1, "b": 2, "c": 3}
+    assert differing_keys(before, dict(before)) == ""
+    assert differing_keys(before, {"a": 1, "b": 5, "d": None}) == "b (2 there, 5 here), c (3 there, None here)"
+    many = differing_keys({}, {f"k{i}": i for i in range(7)})
+    assert many.startswith("k0 (None there, 0 here), ") and many.endswith("k4 (None there, 4 here) and 2 more")
+
+
+def test_a_key_in_the_store_of_judges_is_refused_and_not_shown() -> None:
+    for place in ("s3://id:topsecret@bucket/judges", "s3://bucket/judges?secret_key=topsecret"):
+        with pytest.raises(UserError, match="store holds a key") as raised:
+            load_config(None, [f"judge.store={place}"])
+        assert "topsecret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("cpu_info", "expected"),
+    [
+        ("processor: 0\nflags\t\t: fpu avx2 avx512_bf16 sse\n", True),
+        ("flags\t: fpu avx512bw amx_bf16 amx_tile", True),
+        ("Features\t: fp asimd bf16 i8mm\n", True),
+        ("model name: bf16\nflags\t: fpu avx avx2 avx512bw\n", False),
+        ("", False),
+    ],
+)
+def test_what_a_cpu_says_of_bf16(cpu_info: str, expected: bool) -> None:
+    assert has_bf16_flag(cpu_info) is expected
+
+
+def test_precision_is_that_of_the_machine_unless_it_is_set() -> None:
+    found = "bf16" if cpu_computes_bf16() else "fp32"
+    for raw in ({}, {"train": {"precision": "auto"}, "sampler": {"precision": "auto", "gpus": 0}}):
+        config = config_from_dict(raw)
+        assert (config.train.precision, config.sampler.precision, config.teacher.precision) == (found,) * 3
+    gpus = config_from_dict({"train": {"gpus_per_worker": 0.5}, "sampler": {"gpus": 1}, "teacher": {"gpus": 0.25}})
+    assert (gpus.train.precision, gpus.sampler.precision, gpus.teacher.precision) == ("bf16",) * 3
+    for precision in ("bf16", "fp32"):
+        section = {"precision": precision}
+        config = config_from_dict(dict.fromkeys(("train", "sampler", "teacher"), section))
+        assert (config.train.precision, config.sampler.precision, config.teacher.precision) == (precision,) * 3
+        # What a run writes down is what its machine found.
+        assert config_from_dict(config.model_dump(mode="json")) == config

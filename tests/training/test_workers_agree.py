@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+
+from tests.tiny_students import tiny_student
 
 STEPS = 20
 SAVED_AT = 12
@@ -22,27 +23,6 @@ def _free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
-
-
-def _student(family: str) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
-
-    from qcrd_ray.models.causal import CausalStudent
-    from qcrd_ray.models.seq2seq import Seq2SeqStudent
-
-    torch.manual_seed(0)
-    tokenizer = SimpleNamespace(pad=0, end=1)
-    if family == "t5":
-        config = T5Config(
-            vocab_size=61, d_model=32, d_kv=8, d_ff=63, num_layers=2, num_heads=4, dropout_rate=0.0,
-            pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
-        )  # fmt: skip
-        return Seq2SeqStudent(T5ForConditionalGeneration(config), tokenizer)
-    llama = LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=63, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0, tie_word_embeddings=True, attn_implementation="sdpa",
-    )  # fmt: skip
-    return CausalStudent(LlamaForCausalLM(llama), tokenizer)
 
 
 def _tokens(generator: torch.Generator, low: int, high: int) -> list[int]:
@@ -95,12 +75,13 @@ def _train(rank: int, world: int, port: int, folder: str, cases: list[dict[str, 
 def _train_case(rank: int, world: int, case: dict[str, Any]) -> list[float]:
     from safetensors.torch import load_file, save_file
 
-    from qcrd_ray.config import config_from_dict
+    from qcrd_ray.config import StudentConfig, config_from_dict
+    from qcrd_ray.models.lora import add_adapters
     from qcrd_ray.rationales.order import DataOrder
     from qcrd_ray.rationales.streaming import StepBatch
-    from qcrd_ray.sampling.lagged_student import Negative
+    from qcrd_ray.sampling.negatives import Negative
     from qcrd_ray.training.engine import TrainEngine
-    from qcrd_ray.training.methods import candidates, train_on_batch
+    from qcrd_ray.training.step import candidates, train_on_batch
 
     config = config_from_dict(
         {
@@ -110,11 +91,17 @@ def _train_case(rank: int, world: int, case: dict[str, Any]) -> list[float]:
             "train": {"tokens_per_pass": case.get("tokens_per_pass", 60), "batch_size": 2},
         }
     )
-    student, resumed = _student(case["family"]), case.get("resume")
+    student, resumed, lr = tiny_student(case["family"]), case.get("resume"), case.get("lr", 1e-4)
+    if case.get("lora"):
+        add_adapters(student, StudentConfig.model_validate({"lora": {"rank": 3}}))
+    if case.get("checkpointing"):
+        student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if resumed:
         state = load_file(resumed)
         student.load_state_dict({n: state.get(f"{n}/weight", v) for n, v in student.state_dict().items()}, strict=True)
-    engine = TrainEngine(student, lr=1e-4, weight_decay=0.0, clip=1.0, zero_stage=case["stage"], precision="fp32")
+    precision = case.get("precision", "fp32")
+    engine = TrainEngine(student, lr=lr, weight_decay=0.0, clip=1.0, zero_stage=case["stage"], precision=precision)
+    before = {name: value.clone() for name, value in (engine.weights() or {}).items()}
     order, rows, losses = DataOrder(ROWS, 2, seed=0), _rows(), []
     generator = torch.Generator().manual_seed(5)
     negatives = {
@@ -134,10 +121,13 @@ def _train_case(rank: int, world: int, case: dict[str, Any]) -> list[float]:
         batch = StepBatch(step, order.epoch_of(step), len(order.batch(step)), mine)
         sampled = [[Negative(ids, "n", 0) for ids in negatives[step, row.row]] for row in mine]
         found = train_on_batch(engine, config, batch, candidates(config, mine, sampled), None)
-        engine.step(1e-4)
+        engine.step(lr)
         total = torch.tensor([found.total / batch.global_size], dtype=torch.float64)
         dist.all_reduce(total)
         losses.append(float(total))
+    changed = {name for name, value in (engine.weights() or {}).items() if not torch.equal(value, before[name])}
+    adapters = {name for name in before if ".lora_" in name}
+    assert changed == (adapters if case.get("lora") else set(before)), changed
     return losses
 
 
@@ -199,3 +189,24 @@ def test_a_state_goes_on_in_any_stage_and_number_of_workers(tmp_path: Path) -> N
     for world in (1, 2):
         for case, losses in zip(resuming, _run(world, tmp_path, resuming), strict=True):
             assert losses == pytest.approx(whole[0][SAVED_AT:], abs=2e-4), (world, case)
+
+
+LORA = {"lora": True, "lr": 3e-3}
+LORA_CASES = [
+    {"family": "llama", "stage": 0, **LORA},
+    {"family": "llama", "stage": 2, **LORA},
+    {"family": "llama", "stage": 3, **LORA},
+    {"family": "llama", "stage": 3, "checkpointing": True, **LORA},
+    {"family": "t5", "stage": 0, **LORA},
+    {"family": "t5", "stage": 3, "checkpointing": True, **LORA},
+]
+
+
+@pytest.mark.slow
+def test_adapters_train_alike_in_every_stage_and_number_of_workers(tmp_path: Path) -> None:
+    """The frozen weights stay what they were, bit by bit: `_train_case` sees to it."""
+    alone, together = _run(1, tmp_path, LORA_CASES), _run(2, tmp_path, LORA_CASES)
+    for case, *both in zip(LORA_CASES, alone, together, strict=True):
+        reference = alone[0 if case["family"] == "llama" else 4]
+        for losses in both:
+            assert losses == pytest.approx(reference, abs=2e-3), case

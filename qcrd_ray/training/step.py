@@ -1,6 +1,6 @@
-"""What a step takes its losses from: which targets of which questions, with which weight.
+"""One step of any method: a batch is turned into losses in passes over the student.
 
-A method turns a batch into cross-entropies in two kinds of passes. The choice pass looks, without gradients and in
+There are two kinds of passes. The choice pass looks, without gradients and in
 evaluation mode, at every candidate rationale; the gradient passes hold only what the loss is made of: the label, the
 chosen positive and the chosen negative of each question. All ranks make the same number of passes; where one has less
 to do it runs a pass of weight 0.
@@ -8,6 +8,7 @@ to do it runs a pass of weight 0.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,26 +19,17 @@ from torch import Tensor
 from qcrd_ray.config import ExperimentConfig
 from qcrd_ray.models.student import Item, Student, cut_into_passes
 from qcrd_ray.objectives.contrastive import CHOOSING_SCHEMES, Choice, choose, contrastive_loss
+from qcrd_ray.objectives.mutual_information import cross_entropy_of_peaks
 from qcrd_ray.rationales.streaming import StepBatch, TrainingRow
-from qcrd_ray.sampling.lagged_student import Negative
+from qcrd_ray.sampling.negatives import Negative
 from qcrd_ray.seeding import stable_uniform
 from qcrd_ray.training.engine import TrainEngine
 from qcrd_ray.training.judge import OnlineJudge
+from qcrd_ray.training.methods import Candidates, method_of
 
 LABEL = "label"
 Key = tuple[str, int, int]
 """(LABEL, "+" or "-"; the question's place in the rank's share; the rationale's place among its own)."""
-
-
-@dataclass
-class Candidates:
-    """The rationales of one question that a step may use. An empty negative keeps its place, masked."""
-
-    row: TrainingRow
-    positives: list[list[int]]
-    positive_texts: list[str]
-    negatives: list[list[int]]
-    negative_texts: list[str]
 
 
 @dataclass
@@ -48,6 +40,7 @@ class StepLosses:
     label: float = 0.0
     positive: float = 0.0
     negative: float = 0.0
+    mutual_information: float = 0.0
     active: int = 0
     with_negative: int = 0
     negatives_used: int = 0
@@ -73,25 +66,15 @@ class Plan:
     positive_score: Tensor | None = None
     negative_score: Tensor | None = None
     items: list[Item] = field(default_factory=list)
+    label_peaks: dict[int, Tensor] = field(default_factory=dict)  # [V] each, by the question's place: what MI aims at
 
 
 def candidates(
     config: ExperimentConfig, rows: Sequence[TrainingRow], sampled: list[list[Negative]]
 ) -> list[Candidates]:
-    """The rationales that the method lets a question use."""
-    found = []
-    for row, negatives in zip(rows, sampled, strict=True):
-        if not config.uses_rationales or config.method == "single_task":
-            found.append(Candidates(row, [], [], [], []))
-        elif config.is_contrastive:
-            ids = [negative.ids for negative in negatives]
-            texts = [negative.text for negative in negatives]
-            if config.negatives.source.endswith("self_consistency"):
-                ids, texts = ids + row.minority, texts + row.minority_texts
-            found.append(Candidates(row, row.positives, row.positive_texts, ids, texts))
-        else:
-            found.append(Candidates(row, [row.first], [row.first_text], [], []))
-    return found
+    """The rationales that the method lets each question use."""
+    method = method_of(config)
+    return [method.rationales(config, row, negatives) for row, negatives in zip(rows, sampled, strict=True)]
 
 
 def train_on_batch(
@@ -103,12 +86,13 @@ def train_on_batch(
 ) -> StepLosses:
     """Add the gradients of equation (8)'s first two terms to the engine's step, and say what they were made of."""
     student: Student = engine.module  # type: ignore[assignment]
+    method = method_of(config)
     losses = StepLosses()
     plan = _plan(engine, config, batch, batch_candidates, losses)
     _score(config, plan, batch_candidates, judge, losses)
     plan.items = _gradient_items(config, plan, batch_candidates)
 
-    passes = cut_into_passes(student, plan.items, config.train.tokens_per_pass, split=False)
+    passes = _gradient_passes(student, config, plan.items)
     total = _most(len(passes))
     world = dist.get_world_size()
     for number in range(total):
@@ -116,8 +100,10 @@ def train_on_batch(
         if number >= len(passes):
             engine.backward(engine.forward([_dummy(student)]).sum() * 0.0, last=last)
             continue
-        ce = engine.forward(passes[number])
-        loss = _loss_of_pass(config, plan, passes[number], ce, batch.global_size, losses)
+        terms = _PassTerms(config, plan, passes[number], batch.global_size, losses)
+        terms.run(engine)
+        loss = method.loss(config.loss, terms)
+        losses.total += float(loss.detach()) * batch.global_size
         engine.backward(loss * world, last=last)
         losses.tokens += sum(item.size for item in passes[number])
         losses.passes += 1
@@ -257,59 +243,110 @@ def _gradient_items(config: ExperimentConfig, plan: Plan, found: list[Candidates
     return items
 
 
-def _loss_of_pass(
-    config: ExperimentConfig, plan: Plan, items: list[Item], ce: Tensor, questions: int, losses: StepLosses
-) -> Tensor:
-    """α₁ L_pred + α₂ L_cl over the targets of one pass, each divided by the global batch."""
-    keys = [key for item in items for key in item.key]
-    labels = [i for i, key in enumerate(keys) if key[0] == LABEL]
-    label_loss = ce[labels].sum() / questions if labels else ce.sum() * 0.0
-    losses.label += float(label_loss.detach()) * questions
-    # The whole batch's masks cut down to what this pass holds; everything else is masked and adds 0.
-    shape = plan.positive_mask.shape, plan.negative_mask.shape
-    device = ce.device
-    grids = []
-    for side, (batch, width) in zip("+-", shape, strict=True):
-        here = [(i, key[1], key[2]) for i, key in enumerate(keys) if key[0] == side]
-        grid, mask = ce.new_zeros(batch, width), torch.zeros(batch, width, dtype=torch.bool, device=device)
-        if here:
-            at, rows, columns = (torch.tensor(values, device=device) for values in zip(*here, strict=True))
-            grid = grid.index_put((rows, columns), ce[at])
-            mask[rows, columns] = True
-        grids.append((grid, mask))
-    (positive_ce, positive_mask), (negative_ce, negative_mask) = grids
-    alphas = config.loss
-    if not config.is_contrastive:
-        # Distilling step-by-step: the label and the first rationale, each with its own α.
-        rationale = positive_ce.sum() / questions
-        losses.positive += float(rationale.detach()) * questions
-        loss = alphas.alpha_label * label_loss + alphas.alpha_contrastive * rationale
-    else:
+def _gradient_passes(student: Student, config: ExperimentConfig, items: list[Item]) -> list[list[Item]]:
+    """The passes of a step. Where the tasks are coupled the labels come first: what is said of them is aimed at."""
+    budget = config.train.tokens_per_pass
+    if not config.couples_tasks:
+        return cut_into_passes(student, items, budget, split=False)
+    labels = [item for item in items if item.key[0][0] == LABEL]
+    rationales = [item for item in items if item.key[0][0] != LABEL]
+    return [p for group in (labels, rationales) for p in cut_into_passes(student, group, budget, split=False)]
+
+
+class _PassTerms:
+    """`Terms` of one pass. What a loss takes is added to the step's losses."""
+
+    def __init__(
+        self, config: ExperimentConfig, plan: Plan, items: list[Item], questions: int, losses: StepLosses
+    ) -> None:
+        """
+        Args:
+            questions: of the global batch.
+        """
+        self._config, self._plan, self._items, self._questions, self._losses = config, plan, items, questions, losses
+        self._keys: list[Key] = [key for item in items for key in item.key]
+        self._ce = torch.empty(0)
+        self._peaks: dict[Key, Tensor] = {}
+
+    def run(self, engine: TrainEngine) -> None:
+        """Forward. A collective."""
+        if not self._config.couples_tasks:
+            self._ce = engine.forward(self._items)
+            return
+        wanted = [place for place, key in enumerate(self._keys) if key[0] in (LABEL, "+")]
+        self._ce, peaks = engine.forward(self._items, peaks_of=wanted)
+        self._peaks = {self._keys[place]: peak for place, peak in zip(wanted, peaks, strict=True)}
+        for (kind, index, _), peak in self._peaks.items():
+            if kind == LABEL:
+                self._plan.label_peaks[index] = peak.detach()
+
+    def label(self) -> Tensor:
+        labels = [place for place, key in enumerate(self._keys) if key[0] == LABEL]
+        loss = self._ce[labels].sum() / self._questions if labels else self._ce.sum() * 0.0
+        self._losses.label += self._counted(loss)
+        return loss
+
+    def rationale(self) -> Tensor:
+        ce, _ = self._grid("+")
+        loss = ce.sum() / self._questions
+        self._losses.positive += self._counted(loss)
+        return loss
+
+    def contrastive(self) -> Tensor:
+        plan, weights = self._plan, self._config.loss
+        (positive_ce, positive_mask), (negative_ce, negative_mask) = self._grid("+"), self._grid("-")
         choice = None
-        if config.scheme in CHOOSING_SCHEMES:
+        if self._config.scheme in CHOOSING_SCHEMES:
             choice = Choice(
                 torch.where(positive_mask.any(1), plan.choice.positive, -1),
                 torch.where(negative_mask.any(1), plan.choice.negative, -1),
             )
-        contrastive = contrastive_loss(
+        found = contrastive_loss(
             positive_ce,
             negative_ce,
             positive_mask,
             negative_mask,
             plan.positive_score,
             plan.negative_score,
-            beta=alphas.beta,
-            margin=alphas.margin,
-            scheme=config.scheme,
-            questions=questions,
+            beta=weights.beta,
+            margin=weights.margin,
+            scheme=self._config.scheme,
+            questions=self._questions,
             choice=choice,
         )
-        losses.positive += float(contrastive.positive.detach()) * questions
-        losses.negative += float(contrastive.negative.detach()) * questions
-        losses.active += int(contrastive.active_negatives.sum())
-        loss = alphas.alpha_label * label_loss + alphas.alpha_contrastive * contrastive.loss
-    losses.total += float(loss.detach()) * questions
-    return loss
+        self._losses.positive += self._counted(found.positive)
+        self._losses.negative += self._counted(found.negative)
+        self._losses.active += int(found.active_negatives.sum())
+        return found.loss
+
+    def mutual_information(self) -> Tensor:
+        """A question's is the mean over the positives that it takes; with a choosing scheme there is one."""
+        places = [key for key in self._keys if key[0] == "+"]
+        if not places:
+            return self._ce.sum() * 0.0
+        of_question = Counter(index for _, index, _ in places)
+        found = cross_entropy_of_peaks(
+            torch.stack([self._peaks[key] for key in places]),
+            torch.stack([self._plan.label_peaks[index] for _, index, _ in places]),
+        )
+        shares = found.new_tensor([1.0 / of_question[index] for _, index, _ in places])
+        loss = (found * shares).sum() / self._questions
+        self._losses.mutual_information += self._counted(loss)
+        return loss
+
+    def _counted(self, loss: Tensor) -> float:
+        return float(loss.detach()) * self._questions
+
+    def _grid(self, side: str) -> tuple[Tensor, Tensor]:
+        """Cross-entropies and mask of the whole batch, cut down to what this pass holds; the rest is masked, adds 0."""
+        whole = self._plan.positive_mask if side == "+" else self._plan.negative_mask
+        here = [(place, key[1], key[2]) for place, key in enumerate(self._keys) if key[0] == side]
+        grid, mask = self._ce.new_zeros(whole.shape), torch.zeros_like(whole)
+        if here:
+            at, rows, columns = (torch.tensor(values, device=self._ce.device) for values in zip(*here, strict=True))
+            grid = grid.index_put((rows, columns), self._ce[at])
+            mask[rows, columns] = True
+        return grid, mask
 
 
 def _mask(rows: list[list[bool]]) -> Tensor:

@@ -1,0 +1,15 @@
+"""One sequence for both tasks: rationale, separator and the teacher's label stand in the label's place."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qcrd_ray.config import LossConfig
+from qcrd_ray.training.methods.base import Method, Terms, no_rationales
+
+
+def loss(weights: LossConfig, terms: Terms) -> Tensor:
+    return weights.alpha_label * terms.label()
+
+
+METHOD = Method(no_rationales, loss)

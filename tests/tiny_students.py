@@ -1,0 +1,41 @@
+"""Students of a few thousand weights without dropout, for tests that compare numbers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+VOCABULARY = 61
+TOKENIZER: Any = SimpleNamespace(pad=0, end=1)
+
+
+def tiny_student(family: str, vocabulary: int = VOCABULARY, seed: int = 0) -> Any:
+    """A T5, Llama (tied embeddings) or Qwen2. A width of 63 divides into no number of shards."""
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    from qcrd_ray.models.causal import CausalStudent
+    from qcrd_ray.models.seq2seq import Seq2SeqStudent
+
+    torch.manual_seed(seed)
+    if family == "t5":
+        t5 = T5Config(
+            vocab_size=vocabulary, d_model=32, d_kv=8, d_ff=63, num_layers=2, num_heads=4, dropout_rate=0.0,
+            pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+        )  # fmt: skip
+        return Seq2SeqStudent(T5ForConditionalGeneration(t5), TOKENIZER)
+    shape: dict[str, Any] = dict(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=63, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=2, attn_implementation="sdpa",
+    )  # fmt: skip
+    if family == "llama":
+        return CausalStudent(LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)), TOKENIZER)
+    return CausalStudent(Qwen2ForCausalLM(Qwen2Config(**shape)), TOKENIZER)
