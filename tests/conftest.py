@@ -10,6 +10,25 @@ from typing import Any
 import pytest
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_FailuresAtOnce(config))
+
+
+class _FailuresAtOnce:
+    """Shows what failed as it fails: of a run that is cut short, nothing else would be left."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            terminal.write_line("")
+            terminal.write_line(f"{report.nodeid} ({report.when})", red=True)
+            terminal.write_line(report.longreprtext[-4000:])
+
+
 @pytest.fixture(scope="session")
 def benchmark_data() -> Path:
     """The folder of the benchmark data."""
