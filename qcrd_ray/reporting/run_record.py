@@ -258,6 +258,12 @@ def _read_tables(run: RunFolder, record: RunRecord) -> None:
         record.missing.append(f"No table of the questions of {record.split}.")
 
 
+def read_predictions(run: RunFolder, file: str) -> dict[str, tuple[str, bool]]:
+    """Of a file of evaluations/: {id: (prediction, whether it is right)}."""
+    rows = [json.loads(line) for line in run.read(file).splitlines() if line.strip()]
+    return {row["id"]: (str(row["prediction"]), bool(row["correct"])) for row in rows}
+
+
 def _read_predictions(run: RunFolder, record: RunRecord) -> None:
     """Of the untouched student, and of the one that is reported (of a run under way: the newest)."""
     if record.split is None:
@@ -268,8 +274,7 @@ def _read_predictions(run: RunFolder, record: RunRecord) -> None:
         for number in snapshots:
             file = f"{EVALUATIONS}/{record.split}-{number:06d}.jsonl"
             try:
-                rows = [json.loads(line) for line in run.read(file).splitlines() if line.strip()]
-                record.predictions[name] = {r["id"]: (str(r["prediction"]), bool(r["correct"])) for r in rows}
+                record.predictions[name] = read_predictions(run, file)
             except FileNotFoundError:
                 record.missing.append(f"{file} is not there: no predictions {name} training.")
             except (ValueError, KeyError, TypeError):

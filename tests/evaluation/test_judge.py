@@ -246,7 +246,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["comparison.temperatures=[]"], "comparison.temperatures"),
         (["comparison.temperatures=[-1]"], "comparison.temperatures"),
         (["teacher.model=/nowhere/at/all"], "teacher.model: no model at '/nowhere/at/all'"),
-        (["evaluation.split=test", "data.generated={train: 4, valid: 4}"], "evaluation.split: no 'test'"),
+        (["evaluation.split=test", "data.generated={train: 4, valid: 4, test: 0}"], "evaluation.split: no 'test'"),
     ],
 )
 def test_bad_input_is_a_line(tmp_path: Path, student: Path, arguments: list[str], expected: str) -> None:

@@ -1,0 +1,231 @@
+"""How well students learn by each method: the same steps, the same tuning, several seeds, on real questions.
+
+    python benchmarks/accuracy.py --data FOLDER [--only NAME] [--seeds N] [--output runs/accuracy] [key=value ...]
+
+FOLDER holds the benchmark data: `svamp`, `cqa`, `esnli`, each with `train.jsonl` and `valid.jsonl`. A comparison is two
+sweeps. The first trains every method once with every learning rate, from a seed of its own; the rate that is best on
+the validation split is the method's. The second trains every method with its rate and N seeds. The student that is
+reported is the best of its run on the validation split, scored on the test split.
+
+No split of the benchmark was chosen by: FOLDER's `valid.jsonl` is the test split here, and a validation split is taken
+from `train.jsonl` by a hash of the ids. Of SVAMP, questions that this teacher was never asked train nothing in any
+method and are in the test split too.
+
+Whatever ends it, the same command goes on. `OUTPUT/NAME.json` holds what `docs/results.md` shows: means over seeds with
+95 % intervals by Student's t, and for each pair of methods the paired difference: of the two means of a question over
+seeds, its 95 % interval over questions, and the p of a sign-flip test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcrd_ray.config import ExperimentConfig, config_to_yaml, load_config
+from qcrd_ray.reporting.run_record import read_predictions
+from qcrd_ray.run_folder import EVALUATIONS, RESULT, RunFolder, write_text_atomic
+from qcrd_ray.seeding import stable_hash
+from qcrd_ray.sweeps.driver import sweep
+from qcrd_ray.sweeps.plan import Plan
+from qcrd_ray.sweeps.settings import SweepSettings
+from qcrd_ray.sweeps.space import Axis, Choice, Space
+from qcrd_ray.sweeps.summary import mean_and_interval
+
+ROOT = Path(__file__).resolve().parents[1]
+TUNING_SEED = 100
+FLIPS = 20_000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One task and student.
+
+    Attributes:
+        teacher: of the recorded samples that are used; questions without one of its samples go to the test split.
+        valid: share of the training questions that the validation split takes.
+        rates: learning rates that each method is tried with.
+        settings: beyond `config`, the same for all methods.
+    """
+
+    task: str
+    teacher: str
+    valid: float
+    methods: tuple[str, ...]
+    rates: tuple[float, ...]
+    config: str
+    settings: tuple[str, ...]
+
+
+COMPARISONS = {
+    "svamp": Comparison(
+        "svamp", "gpt35turbo-mcckd", 0.12, ("finetune", "dss", "qcrd"), (5e-5, 2e-4), "smollm2_135m.yaml",
+        ("train.max_steps=168", "train.iteration_steps=14", "train.eval_interval=56", "negatives.lag=3"),
+    ),
+    "esnli": Comparison(
+        "esnli", "palm540b", 0.05, ("finetune", "dss", "qcrd"), (3e-4, 1e-3), "tiny.yaml",
+        ("train.max_steps=3000", "train.iteration_steps=100", "train.eval_interval=500", "train.batch_size=16",
+         "negatives.lag=5", "student.max_rationale_tokens=64", "judge.pretrain_steps=100"),
+    ),
+    "cqa": Comparison(
+        "cqa", "palm540b", 0.05, ("finetune", "dss", "qcrd"), (3e-4, 1e-3), "tiny.yaml",
+        ("train.max_steps=3000", "train.iteration_steps=100", "train.eval_interval=500", "train.batch_size=16",
+         "negatives.lag=5", "student.max_rationale_tokens=64", "judge.pretrain_steps=100"),
+    ),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--only", choices=COMPARISONS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("runs/accuracy"))
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    for name in [arguments.only] if arguments.only else COMPARISONS:
+        found = compare(name, arguments)
+        write_text_atomic(arguments.output / f"{name}.json", json.dumps(found, indent=1) + "\n")
+        print("\n".join(lines_of(found)), flush=True)
+
+
+def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    comparison, place = COMPARISONS[name], arguments.output.absolute() / name
+    counts = split(comparison, arguments.data / comparison.task, place / "data")
+    base = load_config(
+        ROOT / "jobs" / "configs" / comparison.config,
+        [
+            f"task={comparison.task}", "teacher.engine=recorded", f"data.path={place / 'data'}",
+            f"data.teachers=[{comparison.teacher}]", f"run.storage_path={place}", *comparison.settings,
+            *arguments.overrides,
+        ],
+    )  # fmt: skip
+    tuned = Axis("method", "method and learning rate", tuple(_choices(comparison.methods, comparison.rates)))
+    _, tuning_rows = run(base, tuned, "tuning", 1, TUNING_SEED)
+    rates = {
+        method: max(comparison.rates, key=lambda rate: _valid(tuning_rows, _label(method, rate)))
+        for method in comparison.methods
+    }
+    chosen = Axis("method", "method", tuple(Choice(m, {"method": m, "optim.lr": rates[m]}) for m in rates))
+    final, rows = run(base, chosen, "seeds", arguments.seeds, base.train.seed)
+    answers = {method: right_answers(final, rows, method) for method in comparison.methods}
+    return {
+        "name": name,
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "config": config_to_yaml(base),
+        "data": counts,
+        "tuning": [{"point": row["point"], "valid": row["valid_accuracy"]} for row in tuning_rows],
+        "rates": rates,
+        "trials": rows,
+        "methods": [_method(method, rows) for method in comparison.methods],
+        "pairs": [
+            {"a": a, "b": b, **paired(answers[a], answers[b])} for b, a in itertools.combinations(comparison.methods, 2)
+        ],
+    }
+
+
+def _choices(methods: Sequence[str], rates: Sequence[float]) -> Iterator[Choice]:
+    for method in methods:
+        for rate in rates:
+            yield Choice(_label(method, rate), {"method": method, "optim.lr": rate})
+
+
+def _label(method: str, rate: float) -> str:
+    return f"{method}, {rate:g}"
+
+
+def _valid(rows: Sequence[Mapping[str, Any]], label: str) -> float:
+    return float(next(row["valid_accuracy"] for row in rows if row["point"] == f"method={label}"))
+
+
+def split(comparison: Comparison, source: Path, target: Path) -> dict[str, int]:
+    """Write train, valid and test to `target`. Returns their numbers of questions."""
+    rows = {name: _read(source / f"{name}.jsonl") for name in ("train", "valid")}
+    parts: dict[str, list[dict[str, Any]]] = {"train": [], "valid": [], "test": rows["valid"]}
+    for row in rows["train"]:
+        if all(sample["teacher"] != comparison.teacher for sample in row["teacher_samples"]):
+            parts["test"].append(row)
+        else:
+            drawn = stable_hash("valid", row["id"]) % 10**6 < comparison.valid * 10**6
+            parts["valid" if drawn else "train"].append(row)
+    for name, part in parts.items():
+        write_text_atomic(target / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in part))
+    return {name: len(part) for name, part in parts.items()}
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        raise SystemExit(f"error: --data: {file} not found")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def run(
+    base: ExperimentConfig, axis: Axis, name: str, seeds: int, first_seed: int
+) -> tuple[Plan, list[dict[str, Any]]]:
+    """A sweep, and a row for each of its trials."""
+    base = base.model_copy(update={"train": base.train.model_copy(update={"seed": first_seed})})
+    settings, space = SweepSettings(name=name, seeds=seeds), Space((axis,))
+    result = sweep(settings, base, space)
+    if result["failures"]:
+        raise SystemExit(f"error: {result['failures'][0]['trial']}: {result['failures'][0]['reason']}")
+    plan = Plan(settings, base, space)
+    return plan, [vars(row) for row in plan.rows()]
+
+
+def right_answers(plan: Plan, rows: Sequence[Mapping[str, Any]], method: str) -> dict[str, float]:
+    """For each test question the share of the method's seeds that answer it."""
+    of_seeds = [_answers(plan.run(row["trial"])) for row in rows if row["labels"]["method"] == method]
+    return {key: float(np.mean([answers[key][1] for answers in of_seeds])) for key in of_seeds[0]}
+
+
+def _answers(run: RunFolder) -> dict[str, tuple[str, bool]]:
+    """Of the student that the run reports."""
+    result = run.read_json(RESULT)
+    assert result is not None
+    split, step = result["accuracy"]["split"], result["accuracy"]["step"]
+    [number] = [e["snapshot"] for e in result["evaluations"] if (e["split"], e["step"]) == (split, step)]
+    return read_predictions(run, f"{EVALUATIONS}/{split}-{number:06d}.jsonl")
+
+
+def paired(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+    """a - b over the same questions: its mean, half its 95 % interval, the p of flipping the signs of differences."""
+    differences = np.array([a[key] - b[key] for key in sorted(a)])
+    mean, _, half = mean_and_interval(differences.tolist())
+    moving = differences[differences != 0.0]
+    signs = np.random.default_rng(0).choice((-1.0, 1.0), size=(FLIPS, len(moving)))
+    beyond = int(np.sum(np.abs(signs @ moving) >= abs(moving.sum()) - 1e-9))
+    return {"difference": mean or 0.0, "half": half or 0.0, "p": (1 + beyond) / (1 + FLIPS), "n": len(differences)}
+
+
+def _method(method: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    own = [row for row in rows if row["labels"]["method"] == method]
+    mean, std, half = mean_and_interval([row["accuracy"] for row in own])
+    found = {"method": method, "seeds": len(own), "n": own[0]["n"], "mean": mean, "std": std, "half": half}
+    return found | {"seconds": float(np.mean([row["seconds"] for row in own]))}
+
+
+def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
+    """The tables, in Markdown."""
+    yield f"{found['name']}: {found['data']}"
+    yield "| method | learning rate | test accuracy, 95 % over seeds | std | seconds a run |\n|---|---|---|---|---|"
+    for row in found["methods"]:
+        spread = "" if row["half"] is None else f" ± {row['half']:.3f}"
+        std = "" if row["std"] is None else f"{row['std']:.3f}"
+        rate = found["rates"][row["method"]]
+        yield f"| {row['method']} | {rate:g} | {row['mean']:.3f}{spread} | {std} | {row['seconds']:.0f} |"
+    yield "\n| | difference, 95 % over questions | p |\n|---|---|---|"
+    for row in found["pairs"]:
+        yield f"| {row['a']} − {row['b']} | {row['difference']:+.3f} ± {row['half']:.3f} | {row['p']:.3f} |"
+
+
+if __name__ == "__main__":
+    main()
