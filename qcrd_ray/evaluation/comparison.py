@@ -26,7 +26,7 @@ from qcrd_ray.evaluation.student_rationales import (
 from qcrd_ray.rationales.schema import Question
 from qcrd_ray.run_folder import write_text_atomic
 from qcrd_ray.sampling.teacher import LIVE, LiveTeacher
-from qcrd_ray.sampling.teacher_engine import Ask, Prompt, TeacherEngine
+from qcrd_ray.sampling.teacher_engine import Ask, Prompt, TeacherEngine, together
 from qcrd_ray.sampling.teacher_prompt import first_seed
 from qcrd_ray.seeding import stable_hash
 from qcrd_ray.tasks import get_task
@@ -202,13 +202,9 @@ async def _asked(
         else:
             failed[answered.failed.get(0) or engine.stopped or "no answer"] += 1
 
-    tasks = [asyncio.ensure_future(one(question, prompt)) for question, prompt in missing]
     try:
-        await asyncio.gather(*tasks)
+        await together([one(question, prompt) for question, prompt in missing])
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         await engine.close()
     return failed
 

@@ -11,7 +11,7 @@ import math
 import os
 import random
 import re
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +21,7 @@ import openai
 from qcrd_ray.config import TeacherConfig
 from qcrd_ray.errors import UserError
 from qcrd_ray.sampling.rate_limit import RateLimit, Taken, retry_after
-from qcrd_ray.sampling.teacher_engine import Answered, Ask, Prompt, Reply
+from qcrd_ray.sampling.teacher_engine import Answered, Ask, Prompt, Reply, together
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class OpenAiTeacher:
     async def _sample(self, ask: Ask, indices: Sequence[int], attempt: int, tally: _Tally) -> None:
         """Get the samples into the tally, by as few requests as the server has it."""
         runs = [(index,) for index in indices] if self._refuses_n else _contiguous(indices)
-        await _together([self._run(ask, run, attempt, tally) for run in runs])
+        await together([self._run(ask, run, attempt, tally) for run in runs])
 
     async def _run(self, ask: Ask, run: tuple[int, ...], attempt: int, tally: _Tally) -> None:
         """One request for contiguous indices, and what has to follow it."""
@@ -147,7 +147,7 @@ class OpenAiTeacher:
             return
         at_once = [index for index, failure in again.items() if failure is None]
         later = {index: failure for index, failure in again.items() if failure is not None}
-        await _together([self._sample(ask, at_once, attempt, tally), self._after_failure(ask, later, attempt, tally)])
+        await together([self._sample(ask, at_once, attempt, tally), self._after_failure(ask, later, attempt, tally)])
 
     async def _after_failure(self, ask: Ask, failed: dict[int, _Failed], attempt: int, tally: _Tally) -> None:
         """Ask again, after a while, for samples that an attempt did not give, or give them up."""
@@ -433,16 +433,3 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
             await event.wait()
     except TimeoutError:
         pass
-
-
-async def _together(work: list[Coroutine[Any, Any, None]]) -> None:
-    """Run all; where one raises, end the others and raise that."""
-    if len(work) == 1:
-        return await work[0]
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -5,8 +5,10 @@ Imports no engine's library, no torch and no ray.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -83,3 +85,16 @@ class TeacherEngine(Protocol):
     async def close(self) -> None:
         """Free the model, end every process and connection."""
         ...
+
+
+async def together(work: list[Coroutine[Any, Any, None]]) -> None:
+    """Run all; where one raises, end the others and raise that."""
+    if len(work) == 1:
+        return await work[0]
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
