@@ -15,7 +15,7 @@ from qcrd_ray.run_folder import RunFolder
 from tests.faults.runs import Run, audit, losses_of, steps_of
 from tests.s3_server import s3_server
 
-SETTINGS = ("train.max_steps=90", "train.iteration_steps=6", "train.checkpoint_interval=8", "judge.enabled=false",
+SETTINGS = ("train.max_steps=48", "train.iteration_steps=6", "train.checkpoint_interval=8", "judge.enabled=false",
             "evaluation.examples=0")  # fmt: skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -46,7 +46,7 @@ def refused(folder: Path, *arguments: str) -> str:
 
 def test_what_is_damaged_is_named_and_what_is_good_is_left(tmp_path: Path) -> None:
     with Run(tmp_path, "run", *SETTINGS) as run:
-        run.until_step(40)
+        run.until_step(28)
         run.kill_driver()
     folder = run.folder
     checkpoints = sorted(folder.glob("checkpoints/0*"))
@@ -130,7 +130,7 @@ def test_s3_that_stops_answering_and_a_driver_that_is_killed(tmp_path: Path, mon
             run.until(lambda: len(stored.list("checkpoints")) >= 2)
             server.stop()
             threading.Timer(4.0, server.go_on).start()
-            run.until(lambda: len(stored.list("negatives")) >= 18)
+            run.until(lambda: len(stored.list("negatives")) >= 10)
             run.kill_driver()
         steps = [int(name) for name in stored.list("checkpoints") if stored.has_folder(f"checkpoints/{name}")]
         with start("two") as again:
@@ -140,7 +140,7 @@ def test_s3_that_stops_answering_and_a_driver_that_is_killed(tmp_path: Path, mon
         copy = tmp_path / "copy"
         download(stored, "", copy)
         audit(copy)
-        assert len(steps_of(copy)) == len(losses_of(copy)) == 90
+        assert len(steps_of(copy)) == len(losses_of(copy)) == 48
         assert not list((tmp_path / "two").glob("runs/*"))
         assert os.listdir(tmp_path / "one" / "runs")  # the killed driver's, which nobody cleared
 

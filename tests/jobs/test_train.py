@@ -269,46 +269,17 @@ def test_a_deepspeed_json_that_contradicts_the_config(tmp_path: Path, settings: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["method=finetune"],
-        ["method=single_task"],
-        ["method=dss", "labels=teacher_vote"],
-        ["scheme=weighted_mean", "negatives.source=lagged+self_consistency", "labels=teacher_sample"],
-        ["scheme=sampling", "negatives.count=2", "negatives.lag=0", "student.dropout=0.1", "positives=gold"],
-        ["negatives.source=fixed", "negatives.checkpoint=STUDENT", "judge.enabled=false", "scheme=max_min"],
-        ["negatives.count=0", "judge.update_interval=2"],
-    ],
-    ids=" ".join,
-)
-def test_methods_schemes_and_sources_run(
-    tiny_run: tuple[dict[str, Any], Path], tmp_path: Path, arguments: list[str]
-) -> None:
-    student = str(tiny_run[1] / "student")
-    # The fixed student's tokenizer is the tiny run's, so this run starts from that student too.
-    given = [argument.replace("STUDENT", student) for argument in arguments]
-    if given != arguments:
-        given.append(f"student.model={student}")
-    # Paths are relative to where the job was started, in its workers too.
+def test_paths_are_relative_to_where_the_job_was_started(tmp_path: Path) -> None:
+    """In its workers too. Here with every sample from the student of the same iteration, and dropout."""
     (tmp_path / "deepspeed.json").write_text("{}")
-    here = ("train.max_steps=5", "train.deepspeed=deepspeed.json", "judge.store=judges")
-    result, folder = tiny(Path("runs"), *here, *given, cwd=tmp_path)
+    result, folder = tiny(
+        Path("runs"), "train.max_steps=5", "train.deepspeed=deepspeed.json", "judge.store=judges", "scheme=sampling",
+        "negatives.count=2", "negatives.lag=0", "student.dropout=0.1", "positives=gold", cwd=tmp_path,
+    )  # fmt: skip
     assert folder.parent == tmp_path / "runs"
     assert result["steps"] == 5
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().strip().split("\n")]
-    losses = [record["loss"] for record in metrics if "step" in record]
-    assert len(losses) == 5
-    assert all(loss == loss and abs(loss) < 100 for loss in losses)
-    sampled = {row["snapshot"] for row in negatives_of(folder)}
-    if "negatives.source=fixed" in given:
-        assert sampled == {-1}
-        assert result["negatives"]["lag_max"] is None
-    elif "negatives.lag=0" in given:
-        assert sampled == {0, 1, 2}
-    elif "method" in given[0] or "negatives.count=0" in given:
-        assert sampled == set()
-        assert result["negatives"]["requested"] == 0
+    assert list((tmp_path / "judges").iterdir())
+    assert {row["snapshot"] for row in negatives_of(folder)} == {0, 1, 2}
 
 
 @pytest.mark.slow

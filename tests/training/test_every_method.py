@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from qcrd_ray.config import ExperimentConfig, load_config
@@ -68,6 +69,10 @@ def test_it_trains(folder: Path, overrides: list[str]) -> None:
     assert all(("loss_mutual_information" in step) is config.couples_tasks for step in steps)
     sampled = config.is_contrastive and config.negatives.source not in ("none", "self_consistency")
     assert (result["negatives"]["requested"] > 0) is sampled
+    files = list(Path(result["run"]).glob("negatives/*.parquet"))
+    snapshots = {snapshot for file in files for snapshot in pq.read_table(file).column("snapshot").to_pylist()}
+    fixed = config.negatives.source.startswith("fixed")
+    assert snapshots == (set() if not sampled else {-1} if fixed else {0, 1, 2})
     judged = config.is_contrastive and config.judge.enabled
     assert (result["judge"]["updates"] > 0) is judged
     scored = judged and config.scheme != "mean"
