@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for what it starts behind itself
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what the tests start would inherit it
     config.pluginmanager.register(_FailuresAtOnce(config))
 
 

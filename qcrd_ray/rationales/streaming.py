@@ -7,10 +7,12 @@ step, has no end of epoch to wait for, and gives the same batches to any number 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -19,6 +21,8 @@ from qcrd_ray.rationales.order import DataOrder
 from qcrd_ray.rationales.tables import open_rationale_table, rows_at
 from qcrd_ray.run_folder import TOKENIZER, RunFolder
 from qcrd_ray.tasks.prompts import EXPLAIN, PREDICT, SEPARATOR
+
+_Item = TypeVar("_Item")
 
 STEPS_PER_BLOCK = 16
 DATA_CPUS = 0.25
@@ -86,6 +90,27 @@ def stream_batches(spec: StreamSpec, start_step: int, max_steps: int) -> Iterato
         for step in block.to_pylist():
             rows = [TrainingRow(**row) for row in step.pop("rows")]
             yield StepBatch(rows=rows, **step)
+
+
+def begun(items: Iterator[_Item]) -> Iterator[_Item]:
+    """The same items. The first of them is asked for at once, in a thread, so that what it takes is not waited for."""
+    end = object()
+    first: Future[Any] = Future()
+
+    def ask() -> None:
+        try:
+            first.set_result(next(items, end))
+        except BaseException as error:
+            first.set_exception(error)
+
+    threading.Thread(target=ask, name="first-batch", daemon=True).start()
+
+    def rest() -> Iterator[_Item]:
+        if first.result() is not end:
+            yield first.result()
+            yield from items
+
+    return rest()
 
 
 def _steps_source(spec: StreamSpec, start_step: int, max_steps: int) -> Any:

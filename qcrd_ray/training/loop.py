@@ -21,7 +21,7 @@ from qcrd_ray.errors import UserError, find_user_error
 from qcrd_ray.models.discriminator import Discriminator
 from qcrd_ray.models.student import Student, local_model
 from qcrd_ray.rationales.corruption import fill_negatives
-from qcrd_ray.rationales.streaming import StepBatch, StreamSpec, stream_batches
+from qcrd_ray.rationales.streaming import StepBatch, StreamSpec, begun, stream_batches
 from qcrd_ray.run_folder import INITIAL_JUDGE, JUDGE, Metrics, RunFolder
 from qcrd_ray.run_lock import check_attempt
 from qcrd_ray.sampling.negatives import NegativesClient
@@ -87,6 +87,7 @@ def _train(spec: WorkerSpec) -> None:
     model = local_model(run, config.student.model)
 
     progress = newest_progress(run) or Progress(step=0)
+    batches = begun(stream_batches(StreamSpec(run, config, rank, world), progress.step, config.train.max_steps))
     resumed = run.get_folder(checkpoint_name(progress.step), check=False) if progress.step else None
     torch.manual_seed(stable_hash(config.train.seed, "init"))
     student = build_student(model, config.student, _dtype(config), resumed)
@@ -115,7 +116,7 @@ def _train(spec: WorkerSpec) -> None:
     client = NegativesClient(spec.service, run, config, student.tokenizer.end)
     clock = _Clock(progress, config, publisher)
     exported = TrainingExporter(config, progress) if rank == 0 else None
-    for batch in stream_batches(StreamSpec(run, config, rank, world), progress.step, config.train.max_steps):
+    for batch in batches:
         step, iteration = batch.step, schedule.iteration_of(batch.step)
         clock.start()
         if schedule.starts_iteration(step):

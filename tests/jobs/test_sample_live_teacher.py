@@ -14,8 +14,10 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from qcrd_ray.cli import job_main
 from qcrd_ray.models.scratch import build_scratch
 from tests.faults.runs import below
+from tests.in_process import refused, script
 from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -92,20 +94,17 @@ def test_a_killed_driver_goes_on_and_more_samples_are_asked_beside_the_old(folde
     process = started(command(folder, output, "teacher.samples=3"), log, output, enough=15)
     process.kill()
     process.wait()
-    result = run(*command(folder, output, "teacher.samples=3"))
-    sampling = result["sampling"]
-    assert sampling["samples_wanted"] == 3 * QUESTIONS
-    assert 15 <= sampling["reused"] < 3 * QUESTIONS
-    assert sampling["sampled"] == 3 * QUESTIONS - sampling["reused"]
-    assert samples(output) == expected(3)
-    assert written(output) == 3 * QUESTIONS, "a sample was written twice"
-    assert f"{sampling['reused']} are there already" in result["stderr"]
-
     before = texts(output)
-    more = run(*command(folder, output, "teacher.samples=4"))
-    assert (more["sampling"]["reused"], more["sampling"]["sampled"]) == (3 * QUESTIONS, QUESTIONS)
+    result = run(*command(folder, output, "teacher.samples=4"))
+    sampling = result["sampling"]
+    assert sampling["samples_wanted"] == 4 * QUESTIONS
+    assert 15 <= sampling["reused"] <= 3 * QUESTIONS
+    assert sampling["sampled"] == 4 * QUESTIONS - sampling["reused"]
     assert samples(output) == expected(4)
-    assert {place: texts(output)[place] for place in before} == before
+    assert written(output) == 4 * QUESTIONS, "a sample was written twice"
+    assert f"{sampling['reused']} are there already" in result["stderr"]
+    after = texts(output)
+    assert {place: after[place] for place in before} == before
 
     start = time.monotonic()
     less = run(*command(folder, output, "teacher.samples=2"))
@@ -116,9 +115,11 @@ def test_a_killed_driver_goes_on_and_more_samples_are_asked_beside_the_old(folde
 
 
 @pytest.mark.slow
-def test_a_stopped_job_says_so_in_a_line_and_keeps_what_was_sampled(folder: Path, tmp_path: Path) -> None:
+def test_a_stopped_job_keeps_what_was_sampled_and_a_changed_temperature_begins_a_set_of_its_own(
+    folder: Path, tmp_path: Path
+) -> None:
     output, log = tmp_path / "out", tmp_path / "log"
-    sampling = command(folder, output, "teacher.samples=20", "teacher.engine=transformers")
+    sampling = command(folder, output, "teacher.samples=6", "teacher.engine=transformers")
     process = started(sampling, log, output, enough=15)
     family = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
@@ -130,13 +131,16 @@ def test_a_stopped_job_says_so_in_a_line_and_keeps_what_was_sampled(folder: Path
     kept = written(output)
     result = run(*sampling)
     assert result["sampling"]["reused"] == kept >= 15
-    assert written(output) == 20 * QUESTIONS, "a sample was written twice"
+    assert written(output) == 6 * QUESTIONS, "a sample was written twice"
+
+    other = run(*sampling, "teacher.samples=1", "teacher.temperature=0.5", "data.limit=3")
+    assert (other["sampling"]["reused"], other["sampling"]["sampled"]) == (0, 3)
+    assert "a new set" in other["stderr"] and "it differs" in other["stderr"] and "temperature" in other["stderr"]
+    assert len(list(output.glob("samples/*/set.json"))) == 2
 
 
 @pytest.mark.slow
-def test_a_killed_engine_comes_back_and_a_changed_temperature_begins_a_set_of_its_own(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_killed_engine_comes_back(folder: Path, tmp_path: Path) -> None:
     output, log = tmp_path / "out", tmp_path / "log"
     process = started(command(folder, output, "teacher.samples=3"), log, output, enough=15)
     (teacher,) = below(process.pid, "TeacherActor")
@@ -147,11 +151,6 @@ def test_a_killed_engine_comes_back_and_a_changed_temperature_begins_a_set_of_it
     assert samples(output) == expected(3)
     assert written(output) == 3 * QUESTIONS, "a sample was written twice"
 
-    other = run(*command(folder, output, "teacher.samples=1", "teacher.temperature=0.5", "data.limit=3"))
-    assert (other["sampling"]["reused"], other["sampling"]["sampled"]) == (0, 3)
-    assert "a new set" in other["stderr"] and "it differs" in other["stderr"] and "temperature" in other["stderr"]
-    assert len(list(output.glob("samples/*/set.json"))) == 2
-
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -161,22 +160,31 @@ def test_a_killed_engine_comes_back_and_a_changed_temperature_begins_a_set_of_it
         (["teacher.model={t5}"], "vllm runs no encoder-decoder"),
         (["teacher.prompt=chat"], "has no chat template; set it to few_shot"),
         (["teacher.prompt_file=/nowhere.j2"], "teacher.prompt_file: /nowhere.j2 not found"),
-        (["teacher.gpus=64", "run.placement_timeout_s=1"], "asked for 1 teachers of 1 CPU and 64 GPU; the cluster has"),
         (["teacher.engine=openai", "teacher.actors=2"], "raise teacher.endpoint.max_in_flight"),
         (["teacher.max_actors=1", "teacher.actors=2"], "teacher.max_actors is less than teacher.actors"),
     ],
 )
 def test_a_teacher_that_cannot_be_used_is_one_line(
-    folder: Path, tmp_path: Path, arguments: list[str], message: str
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     if "{t5}" in arguments[0]:
         arguments = [f"teacher.model={build_scratch('t5-tiny', TEXTS, tmp_path / 't5', seed=0)}"]
-    done = subprocess.run(
-        command(folder, tmp_path / "out", *arguments), capture_output=True, text=True, timeout=120, check=False
-    )
+    [_, job, *given] = command(folder, tmp_path / "out", *arguments)
+    assert message in refused(capfd, lambda: job_main("sample_teacher", "", script(job).run, given))
+
+
+def refused_job(*command: str) -> str:
+    """The one line of a process that ends with it, and without a result."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2, done.stderr
-    assert message in done.stderr.splitlines()[-1]
     assert done.stdout == "" and "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_teacher_that_the_cluster_has_no_room_for(folder: Path, tmp_path: Path) -> None:
+    last = refused_job(*command(folder, tmp_path / "out", "teacher.gpus=64", "run.placement_timeout_s=1"))
+    assert "asked for 1 teachers of 1 CPU and 64 GPU; the cluster has" in last
 
 
 @pytest.fixture
@@ -188,16 +196,7 @@ def nobody() -> str:
 
 @pytest.mark.slow
 def test_an_endpoint_that_is_gone_ends_the_job(folder: Path, tmp_path: Path, nobody: str) -> None:
-    arguments = command(
-        *(
-            folder,
-            tmp_path / "out",
-            "teacher.engine=openai",
-            "teacher.model=any",
-            f"teacher.endpoint.base_url={nobody}",
-        ),
-        *("teacher.endpoint.max_attempts=2", "teacher.endpoint.max_backoff_s=0.1"),
-    )
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2, done.stderr
-    assert "connection" in done.stderr.splitlines()[-1] and "failed" in done.stderr.splitlines()[-1]
+    endpoint = ("teacher.engine=openai", "teacher.model=any", f"teacher.endpoint.base_url={nobody}")
+    attempts = ("teacher.endpoint.max_attempts=2", "teacher.endpoint.max_backoff_s=0.1")
+    last = refused_job(*command(folder, tmp_path / "out", *endpoint, *attempts))
+    assert "connection" in last and "failed" in last

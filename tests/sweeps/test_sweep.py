@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -19,6 +17,7 @@ import pytest
 
 from qcrd_ray.models.scratch import build_scratch
 from tests.faults.runs import ROOT, TINY, Job
+from tests.in_process import refused, script
 
 
 def sweep_of(log: Path, *arguments: str) -> Job:
@@ -177,29 +176,12 @@ def test_a_trial_whose_driver_dies_is_started_again_from_its_checkpoint(tmp_path
 
 
 @pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
+def sweep_script() -> Iterator[ModuleType]:
     """tune/sweep.py, which finds its neighbours as a script does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "tune")
-        spec = importlib.util.spec_from_file_location("sweep", ROOT / "tune" / "sweep.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
+        yield script("tune/sweep.py")
         sys.modules.pop("search_spaces")
-
-
-@contextlib.contextmanager
-def process_as_before() -> Iterator[None]:
-    """Undoes what a job does to its process: SIGTERM's handler, and standard output that goes to standard error."""
-    handler, output = signal.getsignal(signal.SIGTERM), os.dup(1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(output, 1)
-        os.close(output)
-        signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +199,7 @@ def process_as_before() -> Iterator[None]:
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
-    script: ModuleType,
+    sweep_script: ModuleType,
     arguments: tuple[str, ...],
     line: str,
     tmp_path: Path,
@@ -226,13 +208,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 ) -> None:
     given = ["--config", str(TINY), f"run.storage_path={tmp_path / 'runs'}", *arguments]
     monkeypatch.setattr(sys, "argv", ["tune/sweep.py", *given])
-    with process_as_before():
-        code = script.run_job(script.prepare)
-    out, err = capfd.readouterr()
-    assert (code, out) == (2, "")
-    last = err.strip().splitlines()[-1]
-    assert line in last and last.startswith("error: ")
-    assert "Traceback" not in err
+    assert line in refused(capfd, lambda: sweep_script.run_job(sweep_script.prepare))
     assert not (tmp_path / "runs").exists()
 
 
