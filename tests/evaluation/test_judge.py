@@ -246,12 +246,13 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["comparison.temperatures=[]"], "comparison.temperatures"),
         (["comparison.temperatures=[-1]"], "comparison.temperatures"),
         (["teacher.model=/nowhere/at/all"], "teacher.model: no model at '/nowhere/at/all'"),
-        (["evaluation.split=test", "data.generated={train: 4, valid: 4, test: 0}"], "evaluation.split: no 'test'"),
+        (["evaluation.split=test", "task=custom", "data.path=HERE"], "evaluation.split: no 'test'"),
     ],
 )
 def test_bad_input_is_a_line(tmp_path: Path, student: Path, arguments: list[str], expected: str) -> None:
     settings = [*SETTINGS, f"comparison.student_a={student}", f"comparison.student_b={student}", f"output={tmp_path}"]
     (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "valid.jsonl").write_text('{"id": "a", "question": "q", "answer": "1"}\n')
     given = [argument.replace("HERE", str(tmp_path / "here")) for argument in arguments]
     with pytest.raises(UserError) as caught:
         compare(load_config(None, [*settings, f"teacher.model={student}", *given]))
