@@ -32,6 +32,9 @@ def ray_session(cpus: float, verbose: bool = False) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "RAY_ADDRESS" not in os.environ:
+        # An actor that asks whether a node is about to be taken away; this machine is not.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if not sys.stderr.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     if ray.is_initialized():

@@ -208,7 +208,10 @@ def own_addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
                             start_new_session=True,
                         )
                     )  # fmt: skip
-                raylets[name] = raylet_of(starts[-1], log)
+                if name == "head":  # the others join it
+                    raylet_of(starts[-1], log)
+            for name, start in zip(NODES, starts, strict=True):
+                raylets[name] = raylet_of(start, logs / f"{name}.log")
             yield Nodes(head, raylets, network.inside("head"))
         finally:
             end_ray(*starts)

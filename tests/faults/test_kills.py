@@ -33,13 +33,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """Losses of the runs that nobody kills."""
     folder = tmp_path_factory.mktemp("whole")
-    losses = {}
-    for name, settings in (("dss", DSS), ("qcrd", SETTINGS)):
-        with Run(folder, name, *settings) as run:
+    with Run(folder, "dss", *DSS) as dss, Run(folder, "qcrd", *SETTINGS) as qcrd:
+        runs = {"dss": dss, "qcrd": qcrd}
+        for run in runs.values():
             run.wait()
-        audit(run.folder)
-        losses[name] = losses_of(run.folder)
-    return losses
+            audit(run.folder)
+    return {name: losses_of(run.folder) for name, run in runs.items()}
 
 
 def same_losses(folder: Path, expected: list[float], tolerance: float) -> None:
