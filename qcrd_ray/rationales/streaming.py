@@ -15,12 +15,21 @@ from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import yaml
 
-from qcrd_ray.config import ExperimentConfig, config_to_yaml
+from qcrd_ray.config import ExperimentConfig, config_from_dict, config_to_yaml
 from qcrd_ray.rationales.order import DataOrder
 from qcrd_ray.rationales.tables import open_rationale_table, rows_at
 from qcrd_ray.run_folder import TOKENIZER, RunFolder
-from qcrd_ray.tasks.prompts import EXPLAIN, PREDICT, SEPARATOR
+from qcrd_ray.tasks import Task, get_task
+from qcrd_ray.tasks.prompts import (
+    EXPLAIN,
+    PREDICT,
+    SEPARATOR,
+    StudentTokenizer,
+    load_run_tokenizer,
+    load_tokenizer,
+)
 
 _Item = TypeVar("_Item")
 
@@ -140,11 +149,14 @@ def _read(steps: range, spec: StreamSpec) -> list[pa.Table]:
 def read_steps(numbers: Iterable[int], spec: StreamSpec) -> pa.Table:
     """A row a step, with the rank's questions as a list of structs."""
     table, order = training_table(spec.run, spec.config)
+    tools = _run_tools(spec.run, config_to_yaml(spec.config))
     steps = []
     for step in numbers:
         share = order.share(step, spec.rank, spec.world)
         records = rows_at(table, share)
-        rows = [asdict(_tokenize(int(row), record, spec)) for row, record in zip(share, records, strict=True)]
+        rows = [
+            asdict(_tokenize(int(row), record, spec.config, tools)) for row, record in zip(share, records, strict=True)
+        ]
         steps.append({"step": step, "epoch": order.epoch_of(step), "global_size": len(order.batch(step)), "rows": rows})
     return pa.Table.from_pylist(steps, schema=_SCHEMA)
 
@@ -161,34 +173,36 @@ def training_table(run: RunFolder, config: ExperimentConfig) -> tuple[pa.Table, 
 
 
 @lru_cache(maxsize=2)
-def _tokenizer_folder(run: RunFolder) -> str:
-    return str(run.get_folder(TOKENIZER))
+def _run_tools(run: RunFolder, config_yaml: str) -> tuple[StudentTokenizer, Task]:
+    """What a run's rows are tokenized with, made once a process."""
+    config = _parsed(config_yaml)
+    return load_run_tokenizer(str(run.get_folder(TOKENIZER)), config.student), get_task(config)
 
 
 @lru_cache(maxsize=2)
-def _tools(model: str, config_yaml: str) -> tuple[Any, Any]:
-    import yaml
-
-    from qcrd_ray.config import config_from_dict
-    from qcrd_ray.tasks import get_task
-    from qcrd_ray.tasks.prompts import load_tokenizer
-
-    config = config_from_dict(yaml.safe_load(config_yaml))
+def _tools(model: str, config_yaml: str) -> tuple[StudentTokenizer, Task]:
+    config = _parsed(config_yaml)
     return load_tokenizer(model, config.student), get_task(config)
 
 
-def student_tools(model: str, config: ExperimentConfig) -> tuple[Any, Any]:
-    """(StudentTokenizer, Task) of a config, made once a process."""
+def _parsed(config_yaml: str) -> ExperimentConfig:
+    return config_from_dict(yaml.safe_load(config_yaml))
+
+
+def student_tools(model: str, config: ExperimentConfig) -> tuple[StudentTokenizer, Task]:
+    """What a student is asked with, made once a process."""
     return _tools(model, config_to_yaml(config))
 
 
-def _tokenize(row: int, record: dict[str, Any], spec: StreamSpec) -> TrainingRow:
-    tokenizer, task = student_tools(_tokenizer_folder(spec.run), spec.config)
-    limits = spec.config.student
+def _tokenize(
+    row: int, record: dict[str, Any], config: ExperimentConfig, tools: tuple[StudentTokenizer, Task]
+) -> TrainingRow:
+    tokenizer, task = tools
+    limits = config.student
     text = task.student_input(record["question"], record["choices"])
     predict, predict_cut = tokenizer.prompt(PREDICT, text)
     explain, explain_cut = tokenizer.prompt(EXPLAIN, text)
-    if spec.config.method == "single_task":
+    if config.method == "single_task":
         joined = f"{record['sample0']}{SEPARATOR}{record['sample0_label'] or record['label']}"
         label = tokenizer.target(joined, limits.max_rationale_tokens + limits.max_label_tokens)
     else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qcrd_ray.config import StudentConfig
@@ -81,6 +83,19 @@ class StudentTokenizer:
 def _adds_start(tokenizer: Any) -> bool:
     probe = tokenizer("a")["input_ids"]
     return bool(probe) and probe[0] == tokenizer.bos_token_id
+
+
+def load_run_tokenizer(folder: str, config: StudentConfig) -> StudentTokenizer:
+    """The tokenizer of a run's `tokenizer/`; where that can be, without torch, which takes seconds to import."""
+    settings = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") not in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        return load_tokenizer(folder, config)
+    from transformers import PreTrainedTokenizerFast
+
+    # transformers has saved it, which leaves the key out where it is not so.
+    network = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    return StudentTokenizer(tokenizer, config, bool(network.get("is_encoder_decoder", False)))
 
 
 def load_tokenizer(model: str, config: StudentConfig) -> StudentTokenizer:

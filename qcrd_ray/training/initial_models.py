@@ -40,15 +40,14 @@ def write_models(config: ExperimentConfig, run: RunFolder) -> None:
 
 
 def task_texts(config: ExperimentConfig, run: RunFolder, limit: int = 2000) -> Iterator[str]:
-    """Questions, labels and rationales of the first rows of the training table."""
+    """Questions, labels and first samples of the first rows of the training table: what all methods have in common."""
     from qcrd_ray.tasks import get_task
     from qcrd_ray.tasks.prompts import EXPLAIN, PREDICT
 
     task = get_task(config)
     for record in open_rationale_table(run.table("train")).slice(0, limit).to_pylist():
         text = task.student_input(record["question"], record["choices"])
-        yield from (f"{PREDICT} {text}\n", f"{EXPLAIN} {text}\n", record["label"], *record["positives"])
-        yield from record["negatives"]
+        yield from (f"{PREDICT} {text}\n", f"{EXPLAIN} {text}\n", record["label"], record["sample0"])
 
 
 def uses_judge(config: ExperimentConfig) -> bool:
