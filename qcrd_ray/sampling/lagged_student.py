@@ -106,6 +106,8 @@ class SamplingService:
         self.stopping = asyncio.Event()
         self.stepping = False
         self.up: set[int] = set()
+        self.began: set[int] = set()
+        self.all_began = asyncio.Event()
         self.tokens = 0
         self.sampled = 0
         self.reused = 0
@@ -125,6 +127,23 @@ class SamplingService:
                 self._spawn(self._serve(index))
             self._spawn(self._watch())
             self._spawn(self._export_each_second())
+
+    async def until_up(self) -> None:
+        """Return once every sampler has been up.
+
+        Raises:
+            UserError: one could not be started, or was not up within `sampler.timeout_s`.
+        """
+        seconds = self.config.sampler.timeout_s
+        try:
+            await asyncio.wait_for(self.all_began.wait(), seconds)
+        except TimeoutError:
+            missing = len(self.samplers) - len(self.began)
+            raise UserError(
+                f"{missing} of {len(self.samplers)} samplers were not up after {seconds} s (sampler.timeout_s)"
+            ) from None
+        if self.failure is not None:
+            raise UserError(self.failure)
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)
@@ -298,14 +317,20 @@ class SamplingService:
             try:
                 await asyncio.wait_for(self.samplers[index].ready.remote(), self.config.sampler.timeout_s)
                 self.up.add(index)
+                self.began.add(index)
+                if len(self.began) == len(self.samplers):
+                    self.all_began.set()
             except TimeoutError:
                 continue
             except Exception as error:
                 if (told := find_user_error(error)) is not None:
                     self._fail(str(told))
                     return
+                if getattr(error, "actor_init_failed", False) and index not in self.began:
+                    self._fail(f"a sampler could not be started: {_last_line(error)}")
+                    return
                 if not said:
-                    logger.warning("sampler %d is not up: %s", index, _first_line(error))
+                    logger.warning("sampler %d is not up: %s", index, _last_line(error))
                 said = True
                 await asyncio.sleep(1.0)
 
@@ -341,7 +366,7 @@ class SamplingService:
             self._fail(str(told))
             return
         died = isinstance(error, ray.exceptions.RayActorError)
-        reason = "no answer" if isinstance(error, TimeoutError) else _first_line(error)
+        reason = "no answer" if isinstance(error, TimeoutError) else _last_line(error)
         self.restarts += 1
         self.exporter.add(SAMPLER_RESTARTS, 1, sampler=str(index))
         job.failures += 1
@@ -394,6 +419,7 @@ class SamplingService:
             return
         self.failure = reason
         logger.error("%s", reason)
+        self.all_began.set()
         for event in self.waiting.values():
             event.set()
         for job in (*self.queue, *self.running):
@@ -544,6 +570,6 @@ def fixed_snapshot(run: RunFolder) -> Snapshot:
     return Snapshot.of(run, FIXED, FIXED_STUDENT)
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__

@@ -116,6 +116,7 @@ def _train(spec: WorkerSpec) -> None:
     client = NegativesClient(spec.service, run, config, student.tokenizer.end)
     clock = _Clock(progress, config, publisher)
     exported = TrainingExporter(config, progress) if rank == 0 else None
+    ray.get(spec.service.until_up.remote())  # what their start takes is no stall
     for batch in batches:
         step, iteration = batch.step, schedule.iteration_of(batch.step)
         clock.start()

@@ -39,7 +39,7 @@ from qcrd_ray.training.initial_models import uses_judge, write_models
 from qcrd_ray.training.loop import WorkerSpec
 from qcrd_ray.training.observations import observe
 from qcrd_ray.training.outcome import evaluate, held_out, reported_split, result_of
-from qcrd_ray.training.placement import describe_resources, placed, sampler_place, train_settings
+from qcrd_ray.training.placement import placed, sampler_place, train_settings
 from qcrd_ray.training.stopping import Stop
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def logical_cpus(config: ExperimentConfig) -> float:
 
 @contextmanager
 def _samplers(config: ExperimentConfig, run: RunFolder, token: str, group: PlacementGroup, stop: Stop) -> Iterator[Any]:
-    """The sampling service over its actors, all of them up. Closes the engines at the end."""
+    """The sampling service over its actors, which start while training does. Closes the engines at the end."""
     spec = engine_spec(config)
     samplers = [
         ray.remote(Sampler)
@@ -200,18 +200,12 @@ def _samplers(config: ExperimentConfig, run: RunFolder, token: str, group: Place
         .remote(config, run, samplers, token)
     )
     try:
-        ready = [sampler.ready.remote() for sampler in samplers]
-        missing = stop.wait(ready, config.sampler.timeout_s)
-        if missing:
-            raise UserError(
-                f"{len(missing)} of {len(samplers)} samplers were not up after {config.sampler.timeout_s} s "
-                f"(sampler.timeout_s); {describe_resources(config)}"
-            )
-        ray.get(ready)
         if config.negatives.source.startswith("fixed"):
             fixed = fixed_snapshot(run)
             ray.get(service.publish.remote(fixed.number, fixed.folder, fixed.digest))
         ray.get(service.start.remote())
+        if 0 < config.sampler.gpus < 1:  # its engine measures what is free of a GPU that training will share
+            stop.get(service.until_up.remote())
         yield service
     finally:
         closing = [sampler.close.remote() for sampler in samplers]
