@@ -162,7 +162,7 @@ def test_a_worker_takes_what_was_calculated(tmp_path: Path) -> None:
     """A scratch T5 at ZeRO 0, 2 and 3, two workers, in processes. (SmolLM2: benchmarks/memory.py.)"""
     file = tmp_path / "memory.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--quick", "--json", str(file)]
-    subprocess.run(command, check=True, timeout=240, capture_output=True)
+    subprocess.run(command, check=True, timeout=480, capture_output=True)
     ratios = json.loads(file.read_text())["ratios"]
     assert len(ratios) == 3
     for case, ratio in ratios.items():

@@ -42,7 +42,7 @@ def test_a_wheel_installs_and_runs_elsewhere(tmp_path: Path) -> None:
     assert where.stdout.startswith(str(site))
     done = subprocess.run(
         [sys.executable, "jobs/sample_teacher.py", "task=svamp", f"data.path={tmp_path}", f"output={tmp_path / 'out'}"],
-        capture_output=True, text=True, check=False, cwd=tmp_path / "elsewhere", env=environment, timeout=120,
+        capture_output=True, text=True, check=False, cwd=tmp_path / "elsewhere", env=environment, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["train"]["used"] == 1

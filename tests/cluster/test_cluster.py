@@ -32,7 +32,7 @@ NODES = {"head": (1, None), "train-1": (1, "train"), "train-2": (1, "train"), "s
 ETC_NETNS = Path("/etc/netns")
 """`ip netns exec` shows what a folder of the namespace's name holds here as files of /etc."""
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @dataclass

@@ -23,7 +23,7 @@ from qcrd_ray.rationales.tables import open_rationale_table
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "jobs" / "configs" / "tiny.yaml"
-SECONDS = 300
+SECONDS = 600
 LEFTOVER_SECONDS = 30.0
 """After which no process of a dead sampler, worker or driver may be left."""
 

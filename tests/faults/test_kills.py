@@ -26,7 +26,7 @@ DSS = (*SETTINGS, "method=dss", "sampler.actors=1")
 TRIALS = range(int(os.environ.get("QCRD_KILL_TRIALS", "1")))
 SEED = int(os.environ.get("QCRD_KILL_SEED", "20"))
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")

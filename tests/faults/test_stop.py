@@ -15,7 +15,7 @@ SETTINGS = (
     "judge.pretrain_steps=3",
 )  # fmt: skip
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def stopped_by(run: Run, number: int) -> str:

@@ -18,7 +18,7 @@ from tests.s3_server import s3_server
 SETTINGS = ("train.max_steps=48", "train.iteration_steps=6", "train.checkpoint_interval=8", "judge.enabled=false",
             "evaluation.examples=0")  # fmt: skip
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def content(folder: Path) -> dict[str, str]:

@@ -28,7 +28,7 @@ from tests.taught import ANSWERS, CHOSEN, student_config, teach
 
 ROOT = Path(__file__).parents[2]
 JOB = ROOT / "jobs" / "predict.py"
-TIMEOUT = 240
+TIMEOUT = 480
 QUESTIONS = list(ANSWERS)
 ASKED = [
     Asked(number, QUESTIONS[number % len(QUESTIONS)], None, (None, f"q{number}", number)[number % 3])

@@ -47,7 +47,7 @@ def command(folder: Path, output: Path, *arguments: str) -> list[str]:
 
 
 def run(*arguments: str, code: int = 0) -> dict[str, Any]:
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=480, check=False)
     assert done.returncode == code, done.stderr[-4000:]
     result: dict[str, Any] = json.loads(done.stdout)
     return {**result, "stderr": done.stderr}
@@ -123,7 +123,7 @@ def test_a_stopped_job_keeps_what_was_sampled_and_a_changed_temperature_begins_a
     process = started(sampling, log, output, enough=15)
     family = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM
     assert not psutil.wait_procs(family, timeout=30)[1]
     said = log.read_text()
     assert said.splitlines()[-1] == "interrupted by SIGTERM"
@@ -145,7 +145,7 @@ def test_a_killed_engine_comes_back(folder: Path, tmp_path: Path) -> None:
     process = started(command(folder, output, "teacher.samples=3"), log, output, enough=15)
     (teacher,) = below(process.pid, "TeacherActor")
     teacher.kill()
-    output_text, _ = process.communicate(timeout=240)
+    output_text, _ = process.communicate(timeout=480)
     assert process.returncode == 0, log.read_text()[-4000:]
     assert json.loads(output_text)["sampling"]["sampled"] == 3 * QUESTIONS
     assert samples(output) == expected(3)
@@ -175,7 +175,7 @@ def test_a_teacher_that_cannot_be_used_is_one_line(
 
 def refused_job(*command: str) -> str:
     """The one line of a process that ends with it, and without a result."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=480, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stdout == "" and "Traceback" not in done.stderr
     return done.stderr.splitlines()[-1]

@@ -24,9 +24,9 @@ from tests.ports import free_ports
 ROOT = Path(__file__).parents[2]
 RUNTIME_ENV = ROOT / "jobs" / "runtime_env.yaml"
 TINY = ("--config", "jobs/configs/tiny.yaml", "sampler.cpus=0.5", "judge.pretrain_steps=2", "train.log_interval=5")
-SECONDS = 240
+SECONDS = 600
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 class Head:

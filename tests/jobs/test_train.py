@@ -21,7 +21,7 @@ from tests.in_process import refused, script
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "jobs" / "configs" / "tiny.yaml"
-TIMEOUT = 240
+TIMEOUT = 480
 
 
 def start(job: str, *arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:

@@ -280,7 +280,7 @@ def test_a_whole_run_ends_with_a_plain_student_and_its_adapter(tmp_path: Path) -
         sys.executable, str(ROOT / "jobs/train.py"), "--config", str(ROOT / "jobs/configs/tiny.yaml"),
         "student.lora.rank=4", "optim.lr=1e-2", "train.workers=2", "train.zero_stage=3", f"run.storage_path={tmp_path}",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=480, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["steps"] == 12

@@ -11,7 +11,7 @@ from tests.faults.runs import TINY, Job, kill, steps_of
 from tests.ports import free_ports
 from tests.reporting.observed import STEPS, Observed
 
-SECONDS = 240
+SECONDS = 600
 DRIVER = """
 import json, sys
 import ray

@@ -552,7 +552,7 @@ def job(folder: Path, output: Path, url: str, *arguments: str) -> list[str]:
 
 def finish(command: list[str]) -> dict[str, Any]:
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "OPENAI_API_KEY": KEY}
+        command, capture_output=True, text=True, timeout=480, check=False, env={**os.environ, "OPENAI_API_KEY": KEY}
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert KEY not in done.stdout + done.stderr
@@ -598,7 +598,7 @@ def test_a_key_that_is_refused_ends_the_job_with_one_line(refusing: FaultyProxy,
     refusing.error = (401, {"error": {"message": f"wrong key {KEY}", "code": "invalid_api_key"}}, {})
     command = job(tmp_path, tmp_path / "out", refusing.url)
     environment = {**os.environ, "OPENAI_API_KEY": KEY}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=480, check=False, env=environment)
     assert done.returncode == 2, done.stderr
     assert "refuses the key of $OPENAI_API_KEY" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and KEY not in done.stderr + done.stdout and done.stdout == ""
@@ -631,7 +631,7 @@ def test_questions_that_fail_are_named_and_asked_again(proxy: FaultyProxy, tmp_p
     output = tmp_path / "out"
     proxy.share, proxy.faults = 0.5, ("filtered",)
     command = job(tmp_path, output, proxy.url, "teacher.endpoint.max_attempts=1")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=480, check=False)
     assert done.returncode == 1, done.stderr[-3000:]
     result = json.loads(done.stdout)
     failed = result["sampling"]["failed"]

@@ -38,7 +38,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_sweep_that_is_killed_goes_on_and_nothing_is_done_twice(questions: Path, tmp_path: Path) -> None:
     steps = 40  # so many that the second trial is far from its end when the driver is killed
     arguments = (
@@ -95,7 +95,7 @@ def test_a_sweep_that_is_killed_goes_on_and_nothing_is_done_twice(questions: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_samples_recorded_are_shared_and_a_smaller_m_is_the_first_of_a_larger(
     benchmark_data: Path, tmp_path: Path
 ) -> None:
@@ -125,7 +125,7 @@ def test_samples_recorded_are_shared_and_a_smaller_m_is_the_first_of_a_larger(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_trial_that_fails_is_a_row_with_its_reason_and_a_stop_leaves_checkpoints(tmp_path: Path) -> None:
     arguments = (
         # The second one's engine can never be as near to the trainer as it is asked to be.
@@ -158,7 +158,7 @@ def test_a_trial_that_fails_is_a_row_with_its_reason_and_a_stop_leaves_checkpoin
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_a_trial_whose_driver_dies_is_started_again_from_its_checkpoint(tmp_path: Path) -> None:
     arguments = (
         *("--space", "optim.lr=[1.0e-3]", "name=d", f"run.storage_path={tmp_path}", "method=dss"),

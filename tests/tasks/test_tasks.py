@@ -40,9 +40,9 @@ def test_arithmetic_has_the_value_that_it_says(text: str, value: Fraction) -> No
      "__import__('os')", "1 2", "()", "(" * 10**6, "9" * 10**6, "-" * 150 + "1", "9" * 60, "*".join(["9" * 39] * 2)],
 )  # fmt: skip
 def test_what_is_no_arithmetic_has_no_value_and_takes_no_time(text: str) -> None:
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert evaluate(text) is None
-    assert time.perf_counter() - begin < 0.5
+    assert time.process_time() - begin < 0.5
 
 
 def test_arithmetic_agrees_with_exact_fractions_on_random_expressions() -> None:
@@ -346,7 +346,7 @@ def test_what_is_a_rationale_stays(text: str) -> None:
 
 
 def test_cutting_takes_linear_time() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for text in (
         "y" + "\n" * 200_000 + "x",
         "a\n" + "*" * 200_000,
@@ -355,4 +355,4 @@ def test_cutting_takes_linear_time() -> None:
         "a\n#" + " " * 200_000,
     ):
         cut_run_on(text)
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
