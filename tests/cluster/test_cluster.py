@@ -208,10 +208,7 @@ def own_addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
                             start_new_session=True,
                         )
                     )  # fmt: skip
-                if name == "head":  # the others join it
-                    raylet_of(starts[-1], log)
-            for name, start in zip(NODES, starts, strict=True):
-                raylets[name] = raylet_of(start, logs / f"{name}.log")
+                raylets[name] = raylet_of(starts[-1], log)
             yield Nodes(head, raylets, network.inside("head"))
         finally:
             end_ray(*starts)
