@@ -55,12 +55,17 @@ def ray_session() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of this process alone. One for all tests: DeepSpeed keeps its groups as long as the process."""
+    """A process group of this process alone. One for all tests: DeepSpeed keeps its groups as long as the process.
+
+    Engines of vLLM that run in this process use it too, and may not end it as they close.
+    """
     import torch.distributed as dist
 
     store = tmp_path_factory.mktemp("group") / "store"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "destroy_process_group", lambda *_: None)
+        yield
     dist.destroy_process_group()
 
 
