@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from qcrd_ray.config import ExperimentConfig, load_config
 from qcrd_ray.errors import UserError
@@ -259,6 +260,41 @@ def test_work_of_a_training_that_was_set_back_is_not_used(tmp_path: Path) -> Non
             assert snapshot.digest == "new"
 
     serve(tmp_path, [sampler], scenario)
+
+
+class Unstarted(FakeSampler):
+    """Its start takes for ever, or fails as an actor's whose creation raises."""
+
+    def __init__(self, fails: bool) -> None:
+        super().__init__()
+        self.fails = fails
+
+    async def _ready(self) -> str:
+        if not self.fails:
+            await asyncio.sleep(60)
+        raise RayActorError(error_msg="no\nImportError: no such engine", actor_init_failed=True)
+
+
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [
+        (True, "a sampler could not be started: ImportError: no such engine"),
+        (False, r"1 of 2 samplers were not up after 1 s \(sampler.timeout_s\)"),
+    ],
+)
+def test_training_waits_for_all_samplers_and_is_told_of_one_that_does_not_start(
+    tmp_path: Path, fails: bool, said: str
+) -> None:
+    async def scenario(service: SamplingService, schedule: Schedule, run: RunFolder) -> None:
+        with pytest.raises(UserError, match=said):
+            await service.until_up()
+
+    serve(tmp_path, [FakeSampler(), Unstarted(fails)], scenario, "sampler.timeout_s=1")
+
+    async def all_up(service: SamplingService, schedule: Schedule, run: RunFolder) -> None:
+        await service.until_up()
+
+    serve(tmp_path / "other", [FakeSampler(), FakeSampler()], all_up)
 
 
 def test_a_snapshot_stays_as_long_as_something_may_sample_from_it(tmp_path: Path) -> None:
