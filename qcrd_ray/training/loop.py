@@ -111,12 +111,12 @@ def _train(spec: WorkerSpec) -> None:
         if judge:
             _pretrain(spec, judge, metrics, rank)
 
+    ray.get(spec.service.until_up.remote())  # what their start takes is no stall, and no step that a stop waits for
     checkpoints = checkpoint_steps(run) if rank == 0 else []
     stop = spec.service.until_stop.remote() if rank == 0 else None
     client = NegativesClient(spec.service, run, config, student.tokenizer.end)
     clock = _Clock(progress, config, publisher)
     exported = TrainingExporter(config, progress) if rank == 0 else None
-    ray.get(spec.service.until_up.remote())  # what their start takes is no stall
     for batch in batches:
         step, iteration = batch.step, schedule.iteration_of(batch.step)
         clock.start()
