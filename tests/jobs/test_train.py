@@ -49,7 +49,9 @@ def tiny(folder: Path, *arguments: str, cwd: Path | None = None) -> tuple[dict[s
     return result, Path(result["run"])
 
 
-NINE_ITERATIONS = ("train.max_steps=18", "train.workers=2", "sampler.actors=2", "train.keep_snapshots=true")
+NINE_ITERATIONS = (
+    "train.max_steps=18", "train.workers=2", "sampler.actors=2", "train.keep_snapshots=true", "loss.margin=20"
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
