@@ -69,3 +69,17 @@ def find_user_error(error: BaseException) -> UserError | None:
             *(failures.values() if isinstance(failures, dict) else ()),
         ]
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, cut to a line."""
+    return _lines(error)[0]
+
+
+def last_line(error: BaseException) -> str:
+    """What an error says behind the traceback that Ray puts before it."""
+    return _lines(error)[-1]
+
+
+def _lines(error: BaseException) -> list[str]:
+    return [" ".join(line.split())[:300] for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

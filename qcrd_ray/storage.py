@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from qcrd_ray.errors import UserError
+from qcrd_ray.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -236,7 +236,7 @@ def open_storage(path: str, name: str, key: str = "run.storage_path") -> Storage
         filesystem, base = pyarrow.fs.FileSystem.from_uri(path)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, TypeError) as error:
         raise UserError(
-            f"config key {key}: {shown(path)} is no folder and no URI that pyarrow opens ({_first_line(error)})"
+            f"config key {key}: {shown(path)} is no folder and no URI that pyarrow opens ({first_line(error)})"
         ) from None
     return ArrowStorage(filesystem, f"{base.rstrip('/')}/{name}")
 
@@ -279,7 +279,7 @@ def with_patience(
         if failure.errno in HOPELESS or time.monotonic() + pause > end:
             raise UserError(storage_message(where, failure, seconds, key)) from None
         if pause == FIRST_PAUSE_S:
-            logger.warning("storage %s: %s; trying again", where, _first_line(failure))
+            logger.warning("storage %s: %s; trying again", where, first_line(failure))
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE_S)
 
@@ -294,7 +294,7 @@ def as_os_error(error: Exception) -> OSError | None:
 
 def storage_message(where: str, error: OSError, seconds: float, key: str) -> str:
     """One line about a storage that cannot be used."""
-    reason = error.strerror or _first_line(error)
+    reason = error.strerror or first_line(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         todo = "make room and start again"
     elif error.errno in HOPELESS:
@@ -302,10 +302,6 @@ def storage_message(where: str, error: OSError, seconds: float, key: str) -> str
     else:
         todo = f"it was tried for {seconds:g} s (run.storage_timeout_s); bring it back and start again"
     return f"storage {where}: {reason}; what was written before is untouched: {todo}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import ray
 
 from qcrd_ray.config import ExperimentConfig
-from qcrd_ray.errors import UserError, find_user_error
+from qcrd_ray.errors import UserError, find_user_error, last_line
 from qcrd_ray.prometheus import (
     CHUNKS_READY,
     SAMPLER_BUSY_SECONDS,
@@ -327,10 +327,10 @@ class SamplingService:
                     self._fail(str(told))
                     return
                 if getattr(error, "actor_init_failed", False) and index not in self.began:
-                    self._fail(f"a sampler could not be started: {_last_line(error)}")
+                    self._fail(f"a sampler could not be started: {last_line(error)}")
                     return
                 if not said:
-                    logger.warning("sampler %d is not up: %s", index, _last_line(error))
+                    logger.warning("sampler %d is not up: %s", index, last_line(error))
                 said = True
                 await asyncio.sleep(1.0)
 
@@ -366,7 +366,7 @@ class SamplingService:
             self._fail(str(told))
             return
         died = isinstance(error, ray.exceptions.RayActorError)
-        reason = "no answer" if isinstance(error, TimeoutError) else _last_line(error)
+        reason = "no answer" if isinstance(error, TimeoutError) else last_line(error)
         self.restarts += 1
         self.exporter.add(SAMPLER_RESTARTS, 1, sampler=str(index))
         job.failures += 1
@@ -568,8 +568,3 @@ class SamplingService:
 def fixed_snapshot(run: RunFolder) -> Snapshot:
     """The student of `negatives.source=fixed`, which the driver copied into the run."""
     return Snapshot.of(run, FIXED, FIXED_STUDENT)
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__

@@ -13,6 +13,7 @@ import ray
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from qcrd_ray.errors import last_line
 from qcrd_ray.sweeps.display import SweepDisplay
 from qcrd_ray.sweeps.plan import OUTCOMES, Plan
 from qcrd_ray.sweeps.queue import METRIC, TrialQueue
@@ -114,7 +115,8 @@ class _Recorder(tune.Callback):
         name = trial.config["trial"]
         remove_group(self.plan.run(name))
         tries = self.plan.settings.max_failures + 1
-        reason = f"failed {tries} time(s), last with: {_last_line(trial)}"
+        error = trial.get_error()
+        reason = f"failed {tries} time(s), last with: {last_line(error) if error else 'no reason is known'}"
         self._keep(name, FAILED, reason, trial.last_result or {})
         self.display.ended(name, FAILED, None, reason)
 
@@ -123,12 +125,6 @@ class _Recorder(tune.Callback):
             "status": status, "reason": reason, "step": last.get("step", 0), "accuracy": last.get(METRIC),
         }  # fmt: skip
         self.plan.folder.write(OUTCOMES, json.dumps(self.outcomes, indent=1) + "\n")
-
-
-def _last_line(trial: Any) -> str:
-    """What a trial's exception says, without its traceback."""
-    lines = str(trial.get_error() or "no reason is known").strip().splitlines()
-    return " ".join(lines[-1].split())[:400]
 
 
 @contextmanager

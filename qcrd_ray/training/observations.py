@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qcrd_ray.config import ExperimentConfig
-from qcrd_ray.errors import Stopped, UserError
+from qcrd_ray.errors import UserError, first_line
 from qcrd_ray.models.discriminator import Discriminator
 from qcrd_ray.rationales.schema import OBSERVATIONS
 from qcrd_ray.rationales.self_consistency import RationaleSet, build_rationale_set
@@ -41,7 +41,7 @@ def observe(config: ExperimentConfig, run: RunFolder, service: Any, snapshot: in
     The run has its students and its accuracies by then, so whatever fails here is logged and nothing more.
 
     Raises:
-        Stopped: the run was asked to end; the next start observes.
+        KeyboardInterrupt: the run was asked to end; the next start observes.
 
     Args:
         service: handle of the SamplingService.
@@ -56,10 +56,8 @@ def observe(config: ExperimentConfig, run: RunFolder, service: Any, snapshot: in
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows, schema=OBSERVATIONS), sink)
         run.write(OBSERVATIONS_FILE, sink.getvalue().to_pybytes())
-    except Stopped:
-        raise
     except Exception as error:  # of an engine, a discriminator, a source that is gone: the result is worth more
-        logger.warning("no rationales are kept for the report: %s", _first_line(error))
+        logger.warning("no rationales are kept for the report: %s", first_line(error))
 
 
 def temperatures(config: ExperimentConfig) -> list[float]:
@@ -144,7 +142,3 @@ def _score(config: ExperimentConfig, run: RunFolder, rows: list[Row], stop: Stop
         scores = discriminator.score(questions, texts, config.train.tokens_per_pass).tolist()
         for row, score in zip(some, scores, strict=True):
             row["score"] = score
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
