@@ -209,3 +209,8 @@ class FaultyProxy:
             return cut
         seen.answered = seeds
         return web.Response(body=raw, content_type="application/json")
+
+
+def most_in_a_window(times: list[float], seconds: float) -> int:
+    """How many of the times lie within so many seconds, where most do."""
+    return max(sum(start <= other < start + seconds for other in times) for start in times)

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from email.utils import formatdate
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,20 +24,11 @@ from qcrd_ray.config import TeacherConfig
 from qcrd_ray.errors import UserError
 from qcrd_ray.sampling import rate_limit
 from qcrd_ray.sampling.openai import OpenAiTeacher
-from qcrd_ray.sampling.rate_limit import RateLimit, retry_after
 from qcrd_ray.sampling.teacher_engine import Answered, Ask, Prompt
-from tests.sampling.faulty_proxy import FAULTS, FaultyProxy
+from tests.sampling.faulty_proxy import FAULTS, FaultyProxy, most_in_a_window
 from tests.sampling.tiny_server import CONTEXT, MODEL, tiny_server
 
 KEY = "sk-quite-secret-0123456789"
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def config(url: str | None, max_tokens: int = 12, model: str = MODEL, **endpoint: Any) -> TeacherConfig:
@@ -82,10 +72,6 @@ def texts(answers: Sequence[Answered]) -> list[dict[int, str]]:
     return [{index: reply.text for index, reply in answer.replies.items()} for answer in answers]
 
 
-def most_in_a_window(times: list[float], seconds: float) -> int:
-    return max(sum(start <= other < start + seconds for other in times) for start in times)
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with tiny_server(tmp_path_factory.mktemp("server")) as url:
@@ -112,87 +98,6 @@ def refusing() -> Iterator[FaultyProxy]:
     proxy.share, proxy.faults = 1.0, ("error",)
     yield proxy
     proxy.close()
-
-
-def test_requests_are_spaced_evenly_and_no_window_has_more() -> None:
-    clock = Clock()
-    limit = RateLimit(requests_per_minute=120, clock=clock)
-    times = []
-    while clock.now < 1200:
-        if limit.delay(1) == 0.0:
-            limit.take(1)
-            times.append(clock.now)
-        clock.now += 0.01 if len(times) % 50 else 3.0
-    for seconds in (2, 5, 60):
-        assert most_in_a_window(times, seconds + 0.001) <= 2 * seconds
-    assert len(times) > 200
-    assert min(b - a for a, b in pairwise(times)) > 0.5
-
-
-def test_no_minute_has_more_tokens_than_the_limit() -> None:
-    generator, clock = random.Random(0), Clock()
-    limit = RateLimit(tokens_per_minute=1000, clock=clock)
-    under_way: list[tuple[float, Any, float]] = []
-    requests: list[tuple[float, float, float]] = []
-    for _ in range(40_000):
-        clock.now += 0.05
-        for end, taken, actual in list(under_way):
-            if end <= clock.now:
-                limit.settle(taken, actual)
-                under_way.remove((end, taken, actual))
-        estimate = generator.uniform(50, 200)
-        if limit.delay(estimate) == 0.0:
-            actual, end = estimate * generator.uniform(0.1, 1.0), clock.now + generator.uniform(0.5, 8.0)
-            under_way.append((end, limit.take(estimate), actual))
-            requests.append((clock.now, end, actual))
-    for place in (0, 1):
-        for moment in [request[place] for request in requests]:
-            assert sum(actual for *when, actual in requests if moment <= when[place] < moment + 60.0) <= 1000
-    assert sum(actual for *_, actual in requests) > 0.6 * 1000 * 40_000 * 0.05 / 60
-
-
-def test_a_request_larger_than_the_limit_goes_alone() -> None:
-    clock = Clock()
-    limit = RateLimit(tokens_per_minute=100, clock=clock)
-    small = limit.take(10)
-    assert limit.delay(500) == math.inf
-    limit.settle(small, 5)
-    assert limit.delay(500) == 60.0
-    clock.now += 60.0
-    assert limit.delay(500) == 0.0
-    large = limit.take(500)
-    assert limit.delay(1) == math.inf
-    limit.settle(large, 0)
-    assert limit.delay(100) == 0.0
-
-
-def test_a_hold_holds_everything_back() -> None:
-    clock = Clock()
-    limit = RateLimit(clock=clock)
-    limit.hold(5.0)
-    limit.hold(2.0)
-    assert limit.delay(1) == 5.0
-    clock.now += 5.0
-    assert limit.delay(1) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("headers", "seconds"),
-    [
-        ({}, None),
-        ({"retry-after": "7"}, 7.0),
-        ({"retry-after": "0.5"}, 0.5),
-        ({"retry-after": "-3"}, 0.0),
-        ({"retry-after-ms": "1500", "retry-after": "7"}, 1.5),
-        ({"retry-after-ms": "soon", "retry-after": "7"}, 7.0),
-        ({"retry-after": formatdate(1_000_090, usegmt=True)}, 90.0),
-        ({"retry-after": formatdate(999_000, usegmt=True)}, 0.0),
-        ({"retry-after": "nan"}, None),
-        ({"retry-after": "tomorrow"}, None),
-    ],
-)
-def test_retry_after(headers: dict[str, str], seconds: float | None) -> None:
-    assert retry_after(headers, now=1_000_000.0) == seconds
 
 
 def test_a_key_is_wanted_by_the_default_server_alone(monkeypatch: pytest.MonkeyPatch) -> None:
