@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-import json
 import logging
 import time
 from collections import defaultdict
@@ -36,14 +35,15 @@ from qcrd_ray.prometheus import (
 from qcrd_ray.rationales.tables import open_rationale_table
 from qcrd_ray.run_folder import (
     EVALUATIONS,
-    EVALUATIONS_SUMMARY,
     FIXED_STUDENT,
     NEGATIVES,
     DamagedFolder,
     RunFolder,
 )
 from qcrd_ray.run_lock import begin_attempt
+from qcrd_ray.sampling.evaluations import Entry, Evaluations
 from qcrd_ray.sampling.negatives import negatives_file, read_negatives
+from qcrd_ray.sampling.predictions import Prediction
 from qcrd_ray.sampling.schedule import FIXED, Chunk, Schedule
 from qcrd_ray.sampling.snapshot import Snapshot
 
@@ -100,8 +100,7 @@ class SamplingService:
         self.tables: dict[Chunk, Any] = {}
         self.waiting: dict[Chunk, asyncio.Event] = defaultdict(asyncio.Event)
         self.running: list[Job] = []
-        self.evaluating: dict[tuple[int, str], asyncio.Task[dict[str, Any]]] = {}
-        self.evaluations: list[dict[str, Any]] = []
+        self.evaluations = Evaluations(config, run, self._predict)
         self.failure: str | None = None
         self.stopping = asyncio.Event()
         self.stepping = False
@@ -122,7 +121,7 @@ class SamplingService:
     async def start(self) -> None:
         """Begin to hand out work."""
         if not self.tasks:
-            self.evaluations = await asyncio.to_thread(self.run.read_json, EVALUATIONS_SUMMARY) or []
+            await self.evaluations.read()
             for index in range(len(self.samplers)):
                 self._spawn(self._serve(index))
             self._spawn(self._watch())
@@ -170,15 +169,11 @@ class SamplingService:
         self.asked.clear()
         self.tables.clear()
         self.published = {n: s for n, s in self.published.items() if n == FIXED}
-        self.evaluations = [e for e in self.evaluations if e["step"] <= step]
-        for key, task in list(self.evaluating.items()):
-            if key[0] * self.config.train.iteration_steps > step:
-                task.cancel()
-                del self.evaluating[key]
+        self.evaluations.rewind(step)
         self._drop_jobs()
         found = await asyncio.to_thread(self._rewind_storage, step)
         self.published.update(found)
-        self._evaluate_what_was_not()
+        self.evaluations.begin_what_is_due(self.published)
         self._refill()
         return self.generation
 
@@ -233,7 +228,7 @@ class SamplingService:
         self.published[number] = Snapshot(number, folder, digest)
         self.published_at = time.monotonic()
         if evaluate:
-            self._evaluation(number, "valid")
+            self.evaluations.begin(number)
         self._refill()
 
     async def progress(self, step: int, checkpoints: list[int]) -> None:
@@ -247,8 +242,8 @@ class SamplingService:
             return
         now = self.schedule.iteration_of(step)
         resumable = [self.schedule.iteration_of(checkpoint) for checkpoint in checkpoints]
-        busy = {job.snapshot.number for job in (*self.queue, *self.running)} | {n for n, _ in self.evaluating}
-        best = self._best()
+        busy = {job.snapshot.number for job in (*self.queue, *self.running)} | self.evaluations.snapshots_under_way()
+        best = self.evaluations.best()
         for number, snapshot in list(self.published.items()):
             needed = number <= 0 or number >= self.schedule.snapshot_for(now) or number in busy
             # A resume publishes what comes after its checkpoint anew; what it samples from before that must be there.
@@ -454,75 +449,35 @@ class SamplingService:
             await asyncio.sleep(0.1)
         return self.published[number]
 
-    def _evaluation(self, number: int, split: str) -> asyncio.Task[dict[str, Any]]:
-        """The one evaluation of a snapshot on a split."""
-        key = (number, split)
-        if key not in self.evaluating:
-            self.evaluating[key] = self._spawn(self._evaluate(number, split))
-            # An evaluation that nobody waits for yet keeps its error until somebody does.
-            self.evaluating[key].add_done_callback(lambda task: task.cancelled() or task.exception())
-        return self.evaluating[key]
-
-    def _evaluate_what_was_not(self) -> None:
-        """Evaluations that were due before a restart and had not ended."""
-        done = {(e["snapshot"], e["split"]) for e in self.evaluations}
-        for number in self.published:
-            if self.schedule.is_evaluated(number) and (number, "valid") not in done:
-                self._evaluation(number, "valid")
-
-    async def evaluate(self, snapshot: int, split: str) -> dict[str, Any]:
+    async def evaluate(self, snapshot: int, split: str) -> Entry:
         """Accuracy of a snapshot on a split, once it is published: {"step", "snapshot", "split", "accuracy", "n"}.
 
         The predictions are written to `evaluations/`, the accuracies to `evaluations/summary.json`.
         """
-        return await self._evaluation(snapshot, split)
+        return await self.evaluations.begin(snapshot, split)
 
-    async def _evaluate(self, number: int, split: str) -> dict[str, Any]:
-        for entry in self.evaluations:
-            if (entry["snapshot"], entry["split"]) == (number, split):
-                self.evaluating.pop((number, split), None)
-                return entry
+    async def _predict(self, number: int, split: str) -> list[Prediction]:
         snapshot = await self._snapshot(number)
         rows = (await asyncio.to_thread(open_rationale_table, self.run.table(split))).num_rows
-        priority = number + (self.schedule.lag or 0) + 0.5
         futures = [
-            self._push(priority, "predict", snapshot, (split, first, min(first + EVALUATED_TOGETHER, rows)))
+            self._push(self._beside(number), "predict", snapshot, (split, first, min(first + EVALUATED_TOGETHER, rows)))
             for first in range(0, rows, EVALUATED_TOGETHER)
         ]
-        predictions = [p for part in await asyncio.gather(*(f for f in futures if f)) for p in part]
-        correct = sum(p.correct for p in predictions)
-        steps = self.config.train
-        entry = {
-            "step": min(number * steps.iteration_steps, steps.max_steps),
-            "snapshot": number,
-            "split": split,
-            "accuracy": correct / len(predictions),
-            "n": len(predictions),
-        }
-        lines = [{"id": p.id, "prediction": p.text, "correct": p.correct} for p in predictions]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        self.evaluations.append(entry)
-        self.evaluations.sort(key=lambda e: (e["step"], e["split"]))
-        summary = json.dumps(self.evaluations, indent=1) + "\n"
-        await asyncio.to_thread(self.run.write, f"{EVALUATIONS}/{split}-{number:06d}.jsonl", text)
-        await asyncio.to_thread(self.run.write, EVALUATIONS_SUMMARY, summary)
-        self.evaluating.pop((number, split), None)
-        return entry
+        return [p for part in await asyncio.gather(*(f for f in futures if f)) for p in part]
 
-    def _best(self) -> dict[str, Any] | None:
-        """The best of the snapshots that were evaluated to select one; the earliest of equals."""
-        found = [e for e in self.evaluations if e["split"] == "valid" and e["snapshot"] > 0]
-        return max(found, key=lambda e: (e["accuracy"], -e["snapshot"]), default=None)
+    def _beside(self, number: int) -> float:
+        """The priority of what training does not wait for: after the negatives of that snapshot."""
+        return number + (self.schedule.lag or 0) + 0.5
 
-    async def best_snapshot(self) -> dict[str, Any] | None:
+    async def best_snapshot(self) -> Entry | None:
         """The best of all snapshots evaluated on valid, once every evaluation under way has ended."""
-        await asyncio.gather(*self.evaluating.values())
-        return self._best()
+        await self.evaluations.until_done()
+        return self.evaluations.best()
 
     async def explain(self, snapshot: int, split: str, count: int) -> list[dict[str, str]]:
         """Greedy rationales of a published snapshot for a split's first questions."""
         found = await self._snapshot(snapshot)
-        future = self._push(snapshot + (self.schedule.lag or 0) + 0.5, "explain", found, (split, count))
+        future = self._push(self._beside(snapshot), "explain", found, (split, count))
         assert future is not None
         result: list[dict[str, str]] = await future
         return result
@@ -530,7 +485,7 @@ class SamplingService:
     async def observe(self, snapshot: int, split: str, count: int, temperature: float) -> list[str]:
         """Rationales of a published snapshot for a split's first questions, sampled at a temperature."""
         found = await self._snapshot(snapshot)
-        future = self._push(snapshot + (self.schedule.lag or 0) + 0.5, "observe", found, (split, count, temperature))
+        future = self._push(self._beside(snapshot), "observe", found, (split, count, temperature))
         assert future is not None
         result: list[str] = await future
         return result
@@ -560,9 +515,9 @@ class SamplingService:
             "training_starts": self.starts,
         }
 
-    async def all_evaluations(self) -> list[dict[str, Any]]:
+    async def all_evaluations(self) -> list[Entry]:
         """What `evaluate` gave so far, in the order of the steps."""
-        return self.evaluations
+        return self.evaluations.entries
 
 
 def fixed_snapshot(run: RunFolder) -> Snapshot:
