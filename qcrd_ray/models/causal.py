@@ -1,13 +1,14 @@
-"""Decoder-only students (Llama, Qwen and their like): a prompt and its targets in one packed row.
+"""Decoder-only students (Llama, Qwen and their like): prompts and their targets packed into rows.
 
-A row reads `prompt, target 1, target 2, …`. A token sees the prompt and what comes before it in its own target; its
-position counts as if its target followed the prompt directly. So each target's tokens are computed as they would be
-behind a prompt of their own, and the prompt is computed once.
+A row reads `prompt, target 1, target 2, …`, for one prompt after another until it is full. A token sees its own prompt
+and what comes before it in its own target; its position counts as if its target followed the prompt directly. So each
+target's tokens are computed as they would be behind a prompt of their own, and the prompt is computed once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,56 +30,94 @@ class CausalStudent(Student):
         self.tokenizer = tokenizer
 
     def padded_tokens(self, items: Sequence[Item]) -> int:
-        return len(items) * max(_row_length(item) for item in items)
+        rows = _rows([_length(item) for item in items])
+        return len(rows) * max(_length(item) for item in items)
 
     def forward(self, items: Sequence[Item], peaks_of: Sequence[int] | None = None) -> Tensor | tuple[Tensor, Tensor]:
         device = self.device
-        length = max(_row_length(item) for item in items)
-        ids = torch.full((len(items), length), self.tokenizer.pad)
-        position = torch.zeros((len(items), length), dtype=torch.long)
-        segment = torch.full((len(items), length), PADDING)
-        # For each predicted token: where its prediction stands in the flattened rows, and the token.
-        source: list[int] = []
-        wanted: list[int] = []
-        for row, item in enumerate(items):
-            prompt = len(item.prompt)
-            ids[row, :prompt] = torch.tensor(list(item.prompt))
-            position[row, :prompt] = torch.arange(prompt)
-            segment[row, :prompt] = PROMPT
-            at = prompt
-            for index, target in enumerate(item.targets, start=1):
-                inputs = len(target) - 1
-                ids[row, at : at + inputs] = torch.tensor(list(target[:-1]), dtype=torch.long)
-                position[row, at : at + inputs] = torch.arange(prompt, prompt + inputs)
-                segment[row, at : at + inputs] = index
-                base = row * length
-                source.append(base + prompt - 1)
-                source.extend(range(base + at, base + at + inputs))
-                wanted.extend(target)
-                at += inputs
+        lengths = [_length(item) for item in items]
+        rows, width = _rows(lengths), max(lengths)
+        ids = torch.full((len(rows), width), self.tokenizer.pad)
+        position = torch.zeros((len(rows), width), dtype=torch.long)
+        owner = torch.full((len(rows), width), PADDING)
+        segment = torch.full((len(rows), width), PROMPT)
+        source: list[list[int]] = [[] for _ in items]
+        for row, numbers in enumerate(rows):
+            at = 0
+            for number in numbers:
+                item, end = items[number], at + lengths[number]
+                found = _Laid.out(item)
+                ids[row, at:end] = torch.tensor(found.ids)
+                position[row, at:end] = torch.tensor(found.positions)
+                segment[row, at:end] = torch.tensor(found.segments)
+                owner[row, at:end] = number
+                source[number] = [row * width + at + place for place in found.predicting]
+                at = end
         hidden = self.model.model(
             input_ids=ids.to(device),
             position_ids=position.to(device),
-            attention_mask=_block_mask(segment).to(device),
+            attention_mask=_block_mask(owner, segment).to(device),
             use_cache=False,
         ).last_hidden_state
-        picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, torch.tensor(source, device=device))
-        tokens = torch.tensor(wanted, device=device)
-        lengths = [len(target) for item in items for target in item.targets]
-        return losses_of_targets(self.model.lm_head, picked, tokens, lengths, peaks_of)
+        places = torch.tensor([place for of_item in source for place in of_item], device=device)
+        picked = hidden.reshape(-1, hidden.shape[-1]).index_select(0, places)
+        targets = [target for item in items for target in item.targets]
+        tokens = torch.tensor([token for target in targets for token in target], device=device)
+        return losses_of_targets(self.model.lm_head, picked, tokens, [len(target) for target in targets], peaks_of)
 
 
-def _row_length(item: Item) -> int:
+@dataclass(frozen=True)
+class _Laid:
+    """An item in a row of its own: token ids, positions, segments (the prompt, target 1, target 2, …).
+
+    Attributes:
+        predicting: for each token of each target, where the state that predicts it stands.
+    """
+
+    ids: list[int]
+    positions: list[int]
+    segments: list[int]
+    predicting: list[int]
+
+    @classmethod
+    def out(cls, item: Item) -> _Laid:
+        prompt = len(item.prompt)
+        laid = cls(list(item.prompt), list(range(prompt)), [PROMPT] * prompt, [])
+        for number, target in enumerate(item.targets, start=1):
+            at, inputs = len(laid.ids), len(target) - 1  # nothing is predicted from a target's last token
+            laid.ids.extend(target[:-1])
+            laid.positions.extend(range(prompt, prompt + inputs))
+            laid.segments.extend([number] * inputs)
+            laid.predicting.extend([prompt - 1, *range(at, at + inputs)])
+        return laid
+
+
+def _length(item: Item) -> int:
     return len(item.prompt) + sum(len(target) - 1 for target in item.targets)
 
 
-def _block_mask(segment: Tensor) -> Tensor:
-    """True where a query may look: [B, 1, S, S] from the segments [B, S].
+def _rows(lengths: Sequence[int]) -> list[list[int]]:
+    """Numbers of items by row, none longer than the longest item: the longest first, into the first row with room."""
+    capacity = max(lengths)
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
+        row = next((row for row, left in enumerate(room) if left >= lengths[number]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(capacity)
+        rows[row].append(number)
+        room[row] -= lengths[number]
+    return rows
+
+
+def _block_mask(owner: Tensor, segment: Tensor) -> Tensor:
+    """True where a query may look: [B, 1, S, S] from the item and the segment of each token, [B, S].
 
     A padding query looks at itself, so that no row of the softmax is empty.
     """
-    length = segment.shape[1]
+    length = owner.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    key, query = segment.unsqueeze(1), segment.unsqueeze(2)
-    visible = causal & ((key == PROMPT) | (key == query)) & (key != PADDING) & (query != PADDING)
-    return (visible | torch.eye(length, dtype=torch.bool)).unsqueeze(1)
+    own = (owner.unsqueeze(1) == owner.unsqueeze(2)) & (owner != PADDING).unsqueeze(2)
+    seen = (segment == PROMPT).unsqueeze(1) | (segment.unsqueeze(1) == segment.unsqueeze(2))
+    return ((causal & own & seen) | torch.eye(length, dtype=torch.bool)).unsqueeze(1)

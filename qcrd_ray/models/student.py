@@ -28,6 +28,9 @@ from qcrd_ray.tasks.prompts import StudentTokenizer, load_tokenizer
 if TYPE_CHECKING:
     from qcrd_ray.models.lora import Lora
 
+Head = Callable[[Tensor], Tensor]
+"""From hidden states [T, d] to logits [T, V]."""
+
 TOKENS_TOGETHER = 512
 DROPOUTS = ("dropout_rate", "attention_dropout", "dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop")
 """What the families of transformers call the probabilities that `student.dropout` sets."""
@@ -130,7 +133,7 @@ def _split(student: Student, item: Item, budget: int) -> list[Item]:
     return _split(student, first, budget) + _split(student, second, budget)
 
 
-def token_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def token_cross_entropy(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     """-log softmax(head(hidden))[target] for each token, float32. Shapes [T, d] and [T] -> [T].
 
     Without gradients the logits are made and dropped a few hundred tokens at a time, so that a choice among many
@@ -143,7 +146,7 @@ def token_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor) -> Ten
 
 
 def losses_of_targets(
-    head: nn.Module, hidden: Tensor, tokens: Tensor, lengths: Sequence[int], peaks_of: Sequence[int] | None
+    head: Head, hidden: Tensor, tokens: Tensor, lengths: Sequence[int], peaks_of: Sequence[int] | None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What `Student.forward` returns.
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qcrd_ray.models.packed_t5 import output_scale
 from qcrd_ray.sampling.cpu_attention import CpuAttention
 from qcrd_ray.sampling.engine import T5_FAMILY, EngineSpec, Generation, Request, SamplingParameters
 from qcrd_ray.sampling.transformers import SequenceState, TransformersEngine
@@ -272,7 +273,7 @@ class _Network:
         self.eps: float = config.layer_norm_epsilon
         self.gated: bool = config.is_gated_act
         self.start: int = config.decoder_start_token_id
-        self.scale = _output_scale(config)
+        self.scale = output_scale(config)
         self.activation = _activation(config.dense_act_fn, model.encoder.block[0].layer[-1].DenseReluDense.act)
         self.encoder = [_layer(block) for block in model.encoder.block]
         self.decoder = [_layer(block) for block in model.decoder.block]
@@ -497,12 +498,6 @@ def _linear(weight: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return lambda states, matrix: torch.ops.mkldnn._linear_pointwise(states, matrix, None, "none", [], "")
     return functional.linear
-
-
-def _output_scale(config: Any) -> float:
-    """The factor that transformers puts before the output layer."""
-    scaled = {"t5": getattr(config, "scale_decoder_outputs", True), "umt5": config.tie_word_embeddings}
-    return config.d_model**-0.5 if scaled.get(config.model_type, False) else 1.0
 
 
 def _activation(name: str, module: Any) -> Any:

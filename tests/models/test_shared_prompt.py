@@ -45,7 +45,7 @@ def gradients(student: Student) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", ["t5", "llama", "qwen2"])
+@pytest.mark.parametrize("family", ["t5", "mt5", "umt5", "bart", "llama", "qwen2"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_shared_prompts_give_the_naive_losses_and_gradients(family: str, seed: int) -> None:
     student, items = make_student(family, seed), make_items(seed)
@@ -91,3 +91,52 @@ def test_rationale_ce_is_a_grid_with_nan_where_a_question_has_fewer(family: str)
     torch.testing.assert_close(grid[~grid.isnan()], student(items))
     labels = student.label_ce([item.prompt for item in items], [item.targets[0] for item in items])
     torch.testing.assert_close(labels, grid[:, 0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["t5", "umt5", "llama"])
+def test_gradient_checkpointing_changes_no_number(family: str) -> None:
+    student, items = make_student(family), make_items(5)
+    expected = student(items)
+    expected.sum().backward()
+    plain = gradients(student)
+    student.zero_grad()
+    student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    student.train()
+    found = student(items)
+    found.sum().backward()
+    torch.testing.assert_close(found, expected)
+    for name, gradient in gradients(student).items():
+        torch.testing.assert_close(gradient, plain[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_no_product_runs_over_padding(family: str) -> None:
+    """A long target among short ones: what is computed is little more than what is there."""
+    student = make_student(family)
+    items = [Item([5] * 6, [[7] * (40 if number == 0 else 3)]) for number in range(9)]
+    seen: list[int] = []
+    layer = student.model.decoder.block[0].layer[-1] if family == "t5" else student.model.model.layers[0].mlp
+    layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:-1].numel()))
+    student(items)
+    real = sum(len(target) for item in items for target in item.targets) if family == "t5" else 9 * 6 + 39 + 8 * 2
+    assert seen[0] <= 1.25 * real
+    assert student.padded_tokens(items) <= 1.25 * sum(item.size for item in items)
+
+
+def test_dropout_is_on_while_training_and_off_otherwise() -> None:
+    student, items = make_student("t5"), make_items(6)
+    quiet = student(items)
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+        if hasattr(module, "key_value_proj_dim"):
+            module.dropout = 0.3
+    student.train()
+    torch.manual_seed(1)
+    first = student(items)
+    torch.manual_seed(1)
+    torch.testing.assert_close(student(items), first)
+    assert not torch.allclose(student(items), first)
+    assert not torch.allclose(quiet, first)
+    student.eval()
+    torch.testing.assert_close(student(items), quiet)

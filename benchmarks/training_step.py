@@ -1,0 +1,568 @@
+"""What a training step costs by each method: seconds, their parts, counted operations, peak memory.
+
+    python benchmarks/training_step.py [--student t5_base ...] [--data svamp ...] [--rounds N] [--json FILE]
+    python benchmarks/training_step.py --quick
+
+Students: `t5_small` and `t5_base` (random weights of these shapes), `smollm2` (the embedded SmolLM2-135M). Data:
+`svamp` and `cqa` with the lengths of the real questions and rationales where QCRD_BENCHMARK_DATA names the benchmark
+data, else texts of those lengths that are made up, which the first line says. 8 questions a step, five positives and
+one negative each, bf16, all cores, one process, no pool beside it. Token ids are those of SmolLM2's tokenizer.
+
+A round takes a batch of its own through every case, in an order that turns with the rounds; medians over rounds. The
+learning rate is 0, so that the weights, and with them what is chosen, stay the same. The margin δ of a batch is set
+so that a quarter of its negatives are active, without which most of them would need no gradient.
+
+Cases: `finetune`, `dss`, `qcrd` (the judge a MiniLM of 6 layers), `qcrd_no_judge`; `qcrd_all_active`, every negative
+within the margin; `qcrd_t5_judge`, an encoder of T5-base's shape as the judge; `naive`, QCRD as one would write it
+first: each rationale behind a prompt of its own, all of them with gradients, padded to the longest, the judge on all,
+and negatives generated in the loop by `generate` of transformers, as long as those that the other cases are given.
+
+Parts: `prompt`, the encoder forward, in the choice and in the gradient passes; `choice`, the pass without gradients;
+`gradient`, forward and backward; `judge`, scores, and a share of its update, which falls due once an iteration of
+`train.iteration_steps` steps; `optimizer`; `sampling`, of `naive` alone. Tokenization is done ahead by Ray Data and is
+in no sum. A decoder-only student reads its prompts in the passes themselves. Beside each part's seconds stand its
+operations in units of 10^12, counted by torch as two a multiply-add.
+
+`memory`: the peak of a process of its own that does nothing but this case, above the same process with the libraries
+imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+T5_SHAPES: dict[str, dict[str, int]] = {
+    "t5_small": {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
+    "t5_base": {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
+}
+T5_VOCABULARY = 32128
+STUDENTS = (*T5_SHAPES, "smollm2")
+DATA = ("svamp", "cqa")
+CASES = ("finetune", "dss", "qcrd", "qcrd_no_judge", "qcrd_all_active", "qcrd_t5_judge", "naive")
+PARTS = ("prompt", "choice", "gradient", "judge", "optimizer", "sampling")
+QUESTIONS, POSITIVES, ACTIVE = 8, 5, 0.25
+NAIVE_TOGETHER = 2
+"""Questions whose rationales `naive` takes together; more of them do not fit into memory at T5-base."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question with as many rationales as a step takes."""
+
+    id: str
+    question: str
+    label: str
+    positives: list[str]
+    negative: str
+
+
+# Questions
+
+
+def examples(data: str, count: int) -> list[Example]:
+    """Real questions where they are, in an order of its own; the positives of CommonsenseQA, whose teacher answered
+    each question once, are that answer and those of the next questions, for their lengths."""
+    folder = os.environ.get("QCRD_BENCHMARK_DATA")
+    rng = random.Random(7)
+    if folder is None:
+        return [_made_up(data, number, rng) for number in range(count)]
+    rows = [json.loads(line) for line in (Path(folder) / data / "train.jsonl").read_text().splitlines()]
+    rng.shuffle(rows)
+    teacher = "gpt35turbo-mcckd" if data == "svamp" else "palm540b"
+    found, pool = [], []
+    for row in rows:
+        texts = [sample["rationale"] for sample in row["teacher_samples"] if sample["teacher"] == teacher]
+        pool += [(row, texts)] if texts else []
+    for number, (row, texts) in enumerate(pool):
+        if data == "cqa":
+            texts = [pool[(number + n) % len(pool)][1][0] for n in range(POSITIVES + 1)]
+        if len(texts) <= POSITIVES:
+            continue
+        question = row["question"] + "".join(f"\n({c})" for c in row.get("choices") or [])
+        label = row.get("equation") or row["answer"]
+        found.append(Example(row["id"], question, label, texts[:POSITIVES], texts[POSITIVES]))
+        if len(found) == count:
+            break
+    return found
+
+
+def _made_up(data: str, number: int, rng: random.Random) -> Example:
+    """Words drawn so that the numbers of tokens are distributed as those of the real texts."""
+    typical, spread, longest = (100, 0.45, 1000) if data == "svamp" else (38, 0.45, 200)
+
+    def words(tokens: float) -> str:
+        return " ".join(rng.choice(("cat", "dog", "red", "two", "sum", "has", "the", "of")) for _ in range(int(tokens)))
+
+    rationales = [words(min(longest, max(8, rng.lognormvariate(0, spread) * typical))) for _ in range(POSITIVES + 1)]
+    question = words(max(16, rng.gauss(45, 12)))
+    return Example(f"made-up-{number}", question, words(6), rationales[:POSITIVES], rationales[POSITIVES])
+
+
+def batches_of(student: Any, config: Any, found: Sequence[Example]) -> list[tuple[Any, list[Any]]]:
+    """(batch, the negatives of each of its questions), token ids folded into the student's vocabulary."""
+    from qcrd_ray.rationales.streaming import StepBatch, TrainingRow
+    from qcrd_ray.sampling.negatives import Negative
+    from qcrd_ray.tasks.prompts import EXPLAIN, PREDICT
+
+    tokenizer, limits = student.tokenizer, config.student
+    vocabulary = student.model.config.vocab_size
+
+    def fold(ids: Sequence[int]) -> list[int]:
+        return [token if token < vocabulary else token % 32000 + 100 for token in ids]
+
+    def target(text: str, limit: int) -> list[int]:
+        return fold(tokenizer.target(text, limit).ids)
+
+    batches = []
+    for step in range(len(found) // QUESTIONS):
+        share, rows, negatives = found[step * QUESTIONS : (step + 1) * QUESTIONS], [], []
+        for number, example in enumerate(share):
+            positives = [target(text, limits.max_rationale_tokens) for text in example.positives]
+            predict, explain = (fold(tokenizer.prompt(kind, example.question)[0]) for kind in (PREDICT, EXPLAIN))
+            rows.append(
+                TrainingRow(
+                    row=step * QUESTIONS + number, id=example.id, question=example.question, predict=predict,
+                    explain=explain, label=target(example.label, limits.max_label_tokens), positives=positives,
+                    positive_texts=example.positives, minority=[], minority_texts=[], first=positives[0],
+                    first_text=example.positives[0], cut_prompts=0, cut_targets=0,
+                )
+            )  # fmt: skip
+            negatives.append([Negative(target(example.negative, limits.max_rationale_tokens), example.negative, 1)])
+        batches.append((StepBatch(step=step, epoch=0, global_size=QUESTIONS, rows=rows), negatives))
+    return batches
+
+
+def batches_of_ids(steps: Sequence[Sequence[dict[str, list[int]]]]) -> Iterator[Any]:
+    """Batches of questions with a label and a rationale, from their token ids."""
+    from qcrd_ray.rationales.streaming import StepBatch, TrainingRow
+
+    for step, share in enumerate(steps):
+        rows = [
+            TrainingRow(
+                row=number, id=str(number), question="", predict=ids["predict"], explain=ids["explain"],
+                label=ids["label"], positives=[ids["rationale"]], positive_texts=[""], minority=[], minority_texts=[],
+                first=ids["rationale"], first_text="", cut_prompts=0, cut_targets=0,
+            )
+            for number, ids in enumerate(share)
+        ]  # fmt: skip
+        yield StepBatch(step=step, epoch=0, global_size=len(rows), rows=rows)
+
+
+# What is measured
+
+
+class Parts:
+    """Seconds and operations by part of a step. The innermost part that is open takes them."""
+
+    def __init__(self, counter: Any = None) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.operations: dict[str, float] = defaultdict(float)
+        self.counter = counter
+        self.open: list[str] = []
+        self.since = (0.0, 0.0)
+
+    def _account(self) -> None:
+        now = (time.perf_counter(), float(self.counter.get_total_flops()) if self.counter else 0.0)
+        if self.open:
+            self.seconds[self.open[-1]] += now[0] - self.since[0]
+            self.operations[self.open[-1]] += now[1] - self.since[1]
+        self.since = now
+
+    @contextlib.contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        self._account()
+        self.open.append(part)
+        try:
+            yield
+        finally:
+            self._account()
+            self.open.pop()
+
+
+class WatchedEngine:
+    """A TrainEngine whose time is told by part."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.module, self.parts = engine, engine.module, Parts()
+        if self.module.is_seq2seq:
+            # Its dropout is the first and the last thing that an encoder does, whoever walks through its layers.
+            contexts: list[Any] = []
+
+            def enter(*_: Any) -> None:
+                if not contexts:
+                    contexts.append(self.parts.of("prompt"))
+                    contexts[-1].__enter__()
+                else:
+                    contexts.append(None)
+
+            def leave(*_: Any) -> None:
+                if len(contexts) == 2:
+                    contexts[0].__exit__(None, None, None)
+                    contexts.clear()
+
+            dropout = self.module.model.get_encoder().dropout
+            dropout.register_forward_pre_hook(enter)
+            dropout.register_forward_hook(leave)
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        with self.parts.of("gradient" if self.module.training else "choice"):
+            return self.engine.forward(*arguments, **options)
+
+    def train(self, mode: bool = True) -> None:
+        self.engine.train(mode)
+
+    def backward(self, loss: Any, *, last: bool) -> None:
+        with self.parts.of("gradient"):
+            self.engine.backward(loss, last=last)
+
+    def step(self, lr: float) -> None:
+        with self.parts.of("optimizer"):
+            self.engine.step(lr)
+
+
+class WatchedJudge:
+    """An OnlineJudge whose scores are told by part."""
+
+    def __init__(self, judge: Any, engine: WatchedEngine) -> None:
+        self.judge, self.engine = judge, engine
+
+    def score(self, questions: Sequence[str], texts: Sequence[str]) -> Any:
+        with self.engine.parts.of("judge"):
+            return self.judge.score(questions, texts)
+
+
+class Bench:
+    """A student, its engine, the judges and the batches: what all cases share."""
+
+    def __init__(self, student: str, data: str, rounds: int, cases: Sequence[str]) -> None:
+        import torch.distributed as dist
+
+        from qcrd_ray.training.engine import TrainEngine
+
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        store = Path(tempfile.mkdtemp(prefix="training-step-")) / "store"
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+        setting = Setting.of(student)
+        self.student, self.config = setting.student, setting.config
+        settings = {"lr": 0.0, "weight_decay": 0.0, "clip": 1.0, "zero_stage": 1, "precision": "bf16"}
+        self.engine = WatchedEngine(TrainEngine(self.student, **settings))
+        self.batches = batches_of(self.student, self.config, examples(data, QUESTIONS * (rounds + 1)))
+        self.judges = {case: self._judge(case) for case in cases if case.startswith("qcrd") and case != "qcrd_no_judge"}
+        if "naive" in cases:
+            self.judges["naive"] = self._judge("qcrd")
+
+    def _judge(self, case: str) -> Any:
+        import torch
+        from transformers import T5Config, T5EncoderModel
+
+        from qcrd_ray.models.discriminator import Discriminator, build_discriminator
+        from qcrd_ray.training.judge import OnlineJudge
+
+        found = build_discriminator(self.config.judge)
+        if case == "qcrd_t5_judge":
+            torch.manual_seed(1)
+            encoder = T5EncoderModel(T5Config(**T5_SHAPES["t5_base"], vocab_size=T5_VOCABULARY, dropout_rate=0.0))
+            found = Discriminator(encoder, found.tokenizer, max_tokens=self.config.judge.max_tokens)
+        return OnlineJudge(found, self.config)
+
+    def case_config(self, case: str, margin: float) -> Any:
+        method = case if case in ("finetune", "dss") else "qcrd"
+        loss = self.config.loss.model_copy(update={"margin": margin})
+        judge = self.config.judge.model_copy(update={"enabled": case in self.judges})
+        return self.config.model_copy(update={"method": method, "loss": loss, "judge": judge})
+
+    def margin(self, batch: Any, negatives: list[list[Any]], share: float) -> float:
+        """δ within which `share` of the batch's negatives lie."""
+        import torch
+
+        self.engine.train(False)
+        with torch.no_grad():
+            values = self.student.rationale_ce(
+                [row.explain for row in batch.rows], [[n.ids for n in row] for row in negatives]
+            )
+        self.engine.train(True)
+        ordered = sorted(values.flatten().tolist())
+        active = round(share * len(ordered))
+        return ordered[-1] + 1.0 if active == len(ordered) else (ordered[active - 1] + ordered[active]) / 2
+
+    def step(self, case: str, number: int, parts: Parts) -> dict[str, float]:
+        """One step of a case on batch `number`. Returns its seconds and counts."""
+        from qcrd_ray.training.step import candidates, train_on_batch
+
+        batch, negatives = self.batches[number]
+        self.engine.parts = Parts()
+        margin = self.margin(batch, negatives, 1.0 if case == "qcrd_all_active" else ACTIVE)
+        config = self.case_config(case, margin)
+        self.engine.parts = parts
+        judge = WatchedJudge(self.judges[case], self.engine) if case in self.judges else None
+        begin = time.perf_counter()
+        if case == "naive":
+            loss = self._naive(config, batch, negatives, judge)
+            return {"loss": loss, "seconds": time.perf_counter() - begin}
+        losses = train_on_batch(self.engine, config, batch, candidates(config, batch.rows, negatives), judge)
+        self.engine.step(0.0)
+        seconds = time.perf_counter() - begin
+        return {"tokens": losses.tokens, "active": losses.active, "loss": losses.total, "seconds": seconds}
+
+    def update_judge(self, case: str, number: int) -> float:
+        """The seconds that the judge's update takes of a step: it falls due once an iteration."""
+        from qcrd_ray.training.judge import JudgedQuestion
+
+        batch, negatives = self.batches[number]
+        rows = [
+            JudgedQuestion(row.question, row.positive_texts, [n.text for n in found])
+            for row, found in zip(batch.rows, negatives, strict=True)
+        ]
+        begin = time.perf_counter()
+        self.judges[case].update(rows, 0.0)
+        steps = self.config.train.iteration_steps * self.config.judge.update_interval
+        return (time.perf_counter() - begin) / steps
+
+    def _naive(self, config: Any, batch: Any, negatives: list[list[Any]], judge: Any) -> float:
+        """QCRD as one would write it first. Returns the sum of the questions' losses."""
+        import torch
+
+        from qcrd_ray.objectives.contrastive import contrastive_loss
+
+        parts, model, engine = self.engine.parts, self.student.model, self.engine
+        with parts.of("sampling"), torch.no_grad():
+            self.engine.train(False)
+            ids, mask = self._padded([row.explain for row in batch.rows], left=not self.student.is_seq2seq)
+            longest = max(len(row[0].ids) for row in negatives)
+            options = {"do_sample": True, "temperature": 1.5, "top_k": 50, "pad_token_id": self.student.tokenizer.pad}
+            model.generate(
+                input_ids=ids, attention_mask=mask, min_new_tokens=longest, max_new_tokens=longest, **options
+            )
+            self.engine.train(True)
+        with parts.of("judge"):
+            texts = [
+                text for row, n in zip(batch.rows, negatives, strict=True) for text in [*row.positive_texts, n[0].text]
+            ]
+            asked = [row.question for row in batch.rows for _ in range(POSITIVES + 1)]
+            scores = judge.judge.score(asked, texts).reshape(QUESTIONS, POSITIVES + 1)
+        total = 0.0
+        for first in range(0, QUESTIONS, NAIVE_TOGETHER):
+            rows = batch.rows[first : first + NAIVE_TOGETHER]
+            own = negatives[first : first + NAIVE_TOGETHER]
+            prompts = [row.explain for row in rows for _ in range(POSITIVES + 1)]
+            targets = [ids for row, n in zip(rows, own, strict=True) for ids in [*row.positives, n[0].ids]]
+            ce = self._plain(prompts, targets).reshape(len(rows), POSITIVES + 1)
+            label = self._plain([row.predict for row in rows], [row.label for row in rows])
+            score = scores[first : first + NAIVE_TOGETHER].to(ce.device)
+            found = contrastive_loss(
+                ce[:, :POSITIVES], ce[:, POSITIVES:], torch.ones(len(rows), POSITIVES, dtype=torch.bool),
+                torch.ones(len(rows), 1, dtype=torch.bool), score[:, :POSITIVES], score[:, POSITIVES:],
+                beta=config.loss.beta, margin=config.loss.margin, questions=QUESTIONS,
+            )  # fmt: skip
+            weights = config.loss
+            loss = weights.alpha_label * label.sum() / QUESTIONS + weights.alpha_contrastive * found.loss
+            total += float(loss.detach()) * QUESTIONS
+            engine.backward(loss, last=first + NAIVE_TOGETHER >= QUESTIONS)
+        engine.step(0.0)
+        return total
+
+    def _padded(self, rows: Sequence[Sequence[int]], left: bool = False, fill: int | None = None) -> tuple[Any, Any]:
+        import torch
+
+        fill = self.student.tokenizer.pad if fill is None else fill
+        width = max(map(len, rows))
+        gaps = [width - len(row) for row in rows]
+        ids = [[fill] * gap + list(row) if left else [*row, *[fill] * gap] for row, gap in zip(rows, gaps, strict=True)]
+        mask = [[0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap
+                for row, gap in zip(rows, gaps, strict=True)]  # fmt: skip
+        return torch.tensor(ids), torch.tensor(mask)
+
+    def _plain(self, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Any:
+        """Mean cross-entropy of each target behind a prompt of its own, as transformers' models give logits: [N]."""
+        import torch.nn.functional as F
+
+        with self.engine.parts.of("gradient"):
+            if self.student.is_seq2seq:
+                ids, mask = self._padded(prompts)
+                labels, _ = self._padded(targets, fill=-100)
+                logits = self.student.model(input_ids=ids, attention_mask=mask, labels=labels).logits
+            else:
+                ids, mask = self._padded([[*p, *t] for p, t in zip(prompts, targets, strict=True)])
+                behind = [[*[-100] * len(p), *t] for p, t in zip(prompts, targets, strict=True)]
+                labels, _ = self._padded(behind, fill=-100)
+                logits = self.student.model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+                labels = labels[:, 1:]
+            ce = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
+            return ce.sum(1) / (labels != -100).sum(1)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A student with the config that it is trained by.
+
+    Attributes:
+        file: of the preset.
+        embedded: the folder of the embedded SmolLM2, whose tokenizer cuts all texts.
+    """
+
+    student: Any
+    config: Any
+    file: Path
+    embedded: Path
+
+    @classmethod
+    def of(cls, name: str) -> Setting:
+        import torch
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        from qcrd_ray.config import load_config
+        from qcrd_ray.models.embedded import embedded_student
+        from qcrd_ray.models.seq2seq import Seq2SeqStudent
+        from qcrd_ray.models.student import load_student
+        from qcrd_ray.tasks.prompts import StudentTokenizer, load_tokenizer
+
+        torch.manual_seed(0)
+        preset = "smollm2_135m" if name == "smollm2" else name
+        file = Path(__file__).resolve().parents[1] / "jobs" / "configs" / f"{preset}.yaml"
+        config = load_config(
+            file,
+            ["student.model=embedded:smollm2-135m", f"teacher.samples={POSITIVES}", "train.precision=bf16",
+             "judge.encoder=embedded:minilm-l6"],
+        )  # fmt: skip
+        embedded = embedded_student("smollm2-135m")
+        if name == "smollm2":
+            student = load_student(str(embedded), config.student, torch.bfloat16)
+        else:
+            shape = T5Config(**T5_SHAPES[name], vocab_size=T5_VOCABULARY, dropout_rate=0.0, decoder_start_token_id=0)
+            shape._attn_implementation = "sdpa"
+            tokenizer = load_tokenizer(str(embedded), config.student).tokenizer
+            network = T5ForConditionalGeneration(shape)
+            student = Seq2SeqStudent(network, StudentTokenizer(tokenizer, config.student, True))
+        return cls(student, config, file, Path(embedded))
+
+
+def measure(student: str, data: str, rounds: int, cases: Sequence[str]) -> dict[str, Any]:
+    """{case: {"seconds", "parts", "operations", "tokens", ...}}, medians over rounds."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    bench = Bench(student, data, rounds, cases)
+    found: dict[str, list[dict[str, Any]]] = {case: [] for case in cases}
+    operations = {}
+    for case in cases:  # also the warm-up
+        with FlopCounterMode(display=False) as counter:
+            parts = Parts(counter)
+            bench.step(case, 0, parts)
+        operations[case] = {part: parts.operations[part] / 1e12 for part in PARTS}
+        if case in bench.judges:
+            bench.update_judge(case, 0)
+    for number in range(1, rounds + 1):
+        turn = number % len(cases)
+        for case in [*cases[turn:], *cases[:turn]]:
+            parts = Parts()
+            counts = bench.step(case, number, parts)
+            if case in bench.judges:
+                update = bench.update_judge(case, number)
+                parts.seconds["judge"] += update
+                counts["seconds"] += update
+            found[case].append({"parts": dict(parts.seconds), **counts})
+            print(f"{student} {data} round {number} {case}: {counts['seconds']:.2f} s", file=sys.stderr, flush=True)
+    return {
+        case: {
+            "seconds": [row["seconds"] for row in found[case]],
+            "parts": {part: statistics.median(row["parts"].get(part, 0.0) for row in found[case]) for part in PARTS},
+            "operations": operations[case],
+            "tokens": statistics.mean(row.get("tokens", 0) for row in found[case]),
+            "active": statistics.mean(row.get("active", 0) for row in found[case]) / QUESTIONS,
+            "loss": [row["loss"] / QUESTIONS for row in found[case]],
+        }
+        for case in cases
+    }
+
+
+def peak_memory(student: str, data: str, case: str) -> float:
+    """GiB above the libraries, in a process of its own."""
+    command = [sys.executable, __file__, "--one", student, data, case]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def one_case(student: str, data: str, case: str) -> None:
+    from memory import import_everything, status
+
+    import_everything()
+    idle = status("VmRSS")
+    bench = Bench(student, data, 2, [case])
+    for number in range(3):
+        bench.step(case, number, Parts())
+    print((status("VmHWM") - idle) / 2**30)
+
+
+def lines(student: str, data: str, found: dict[str, Any]) -> Iterator[str]:
+    base = found["dss"]["seconds"] if "dss" in found else None
+    yield f"\n{student}, {data}: seconds (10^12 operations)"
+    yield f"| case | step s | over dss | {' | '.join(PARTS)} | trained tokens | active | memory GiB |"
+    yield "|---|" + "---:|" * (len(PARTS) + 5)
+    for case, row in found.items():
+        ratio = statistics.median(a / b for a, b in zip(row["seconds"], base, strict=True)) if base else float("nan")
+        cells = [
+            f"{row['parts'][part]:.2f} ({row['operations'][part]:.2f})" if row["parts"][part] else "" for part in PARTS
+        ]
+        memory = f"{row['memory']:.2f}" if "memory" in row else ""
+        yield (
+            f"| `{case}` | {statistics.median(row['seconds']):.2f} | {ratio:.2f} | {' | '.join(cells)} "
+            f"| {row['tokens']:.0f} | {row['active']:.2f} | {memory} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", nargs="+", choices=STUDENTS, default=list(STUDENTS))
+    parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--memory", action="store_true", help="measure the peak memory of each case too")
+    parser.add_argument("--quick", action="store_true", help="T5-small on the lengths of CommonsenseQA, three rounds")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--measured", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measured:
+        found = measure(arguments.student[0], arguments.data[0], arguments.rounds, arguments.case)
+        arguments.measured.write_text(json.dumps(found))
+        return
+    if arguments.one:
+        one_case(*arguments.one)
+        return
+    students, data, rounds = arguments.student, arguments.data, arguments.rounds
+    if arguments.quick:
+        students, data, rounds = ["t5_small"], ["cqa"], 3
+    real = "real" if os.environ.get("QCRD_BENCHMARK_DATA") else "made up (QCRD_BENCHMARK_DATA is not set)"
+    print(f"texts: {real}", flush=True)
+    results: dict[str, Any] = {}
+    for student in students:
+        for name in data:
+            # A process a student and data: what DeepSpeed has set up stays as long as the process.
+            with tempfile.NamedTemporaryFile(suffix=".json") as file:
+                command = [sys.executable, __file__, "--measured", file.name, "--student", student, "--data", name]
+                subprocess.run([*command, "--rounds", str(rounds), "--case", *arguments.case], check=True)
+                found = json.loads(Path(file.name).read_text())
+            if arguments.memory:
+                for case in arguments.case:
+                    found[case]["memory"] = peak_memory(student, name, case)
+            results[f"{student}/{name}"] = found
+            print("\n".join(lines(student, name, found)), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"texts": real, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
