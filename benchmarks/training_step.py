@@ -80,7 +80,7 @@ def examples(data: str, count: int) -> list[Example]:
     rng = random.Random(7)
     if folder is None:
         return [_made_up(data, number, rng) for number in range(count)]
-    rows = [json.loads(line) for line in (Path(folder) / data / "train.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (Path(folder) / data / "train.jsonl").open(encoding="utf-8")]
     rng.shuffle(rows)
     teacher = "gpt35turbo-mcckd" if data == "svamp" else "palm540b"
     found, pool = [], []
