@@ -165,7 +165,8 @@ def split(comparison: Comparison, source: Path, target: Path) -> dict[str, int]:
 def _read(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         raise SystemExit(f"error: --data: {file} not found")
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    with file.open(encoding="utf-8") as lines:  # a text may hold what `splitlines` takes for the end of a line
+        return [json.loads(line) for line in lines]
 
 
 def run(

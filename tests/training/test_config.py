@@ -13,7 +13,7 @@ from qcrd_ray.config import (
     option_lines,
 )
 from qcrd_ray.errors import UserError
-from qcrd_ray.hardware import cpu_computes_bf16, has_bf16_flag
+from qcrd_ray.hardware import cpu_computes_bf16, gains_by_bf16
 
 PRESETS = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml"))
 
@@ -125,15 +125,17 @@ def test_a_key_in_the_store_of_judges_is_refused_and_not_shown() -> None:
 @pytest.mark.parametrize(
     ("cpu_info", "expected"),
     [
-        ("processor: 0\nflags\t\t: fpu avx2 avx512_bf16 sse\n", True),
+        ("processor: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 avx512_bf16 sse\n", True),
+        ("processor: 0\nvendor_id\t: GenuineIntel\nflags\t\t: fpu avx2 avx512_bf16 sse\n", False),
+        ("vendor_id\t: GenuineIntel\nflags\t: fpu avx512_bf16 amx_bf16\n", True),
         ("flags\t: fpu avx512bw amx_bf16 amx_tile", True),
         ("Features\t: fp asimd bf16 i8mm\n", True),
         ("model name: bf16\nflags\t: fpu avx avx2 avx512bw\n", False),
         ("", False),
     ],
 )
-def test_what_a_cpu_says_of_bf16(cpu_info: str, expected: bool) -> None:
-    assert has_bf16_flag(cpu_info) is expected
+def test_what_a_cpu_gains_by_bf16(cpu_info: str, expected: bool) -> None:
+    assert gains_by_bf16(cpu_info) is expected
 
 
 def test_precision_is_that_of_the_machine_unless_it_is_set() -> None:
