@@ -3,8 +3,8 @@
     python benchmarks/accuracy.py --data FOLDER [--only NAME] [--seeds N] [--output runs/accuracy] [key=value ...]
 
 FOLDER holds the benchmark data: `svamp`, `cqa`, `esnli`, each with `train.jsonl` and `valid.jsonl`. A comparison is two
-sweeps. The first trains every method once with every learning rate, from a seed of its own; the rate that is best on
-the validation split is the method's. The second trains every method with its rate and N seeds. The student that is
+sweeps. The first trains every method once with every learning rate, for half the steps, from a seed of its own; the rate
+that is best on the validation split is the method's. The second trains every method with its rate and N seeds. The student that is
 reported is the best of its run on the validation split, scored on the test split.
 
 No split of the benchmark was chosen by: FOLDER's `valid.jsonl` is the test split here, and a validation split is taken
@@ -54,6 +54,7 @@ class Comparison:
         valid: share of the training questions that the validation split takes.
         rates: learning rates that each method is tried with.
         settings: beyond `config`, the same for all methods.
+        tuning: beyond those, of the runs that a learning rate is chosen by.
     """
 
     task: str
@@ -63,22 +64,30 @@ class Comparison:
     rates: tuple[float, ...]
     config: str
     settings: tuple[str, ...]
+    tuning: tuple[str, ...]
 
+
+SCRATCH = (
+    "train.max_steps=800", "train.iteration_steps=40", "train.eval_interval=200", "train.batch_size=16",
+    "train.log_interval=50", "negatives.lag=5", "negatives.max_tokens=64", "student.max_rationale_tokens=64",
+    "judge.pretrain_steps=100", "train.cpus_per_worker=0.6", "sampler.cpus=0.1", "train.threads=1", "sampler.threads=1",
+)  # fmt: skip
+"""Two runs at once on two cores: a student of a million parameters makes nothing of a second one."""
 
 COMPARISONS = {
     "svamp": Comparison(
         "svamp", "gpt35turbo-mcckd", 0.12, ("finetune", "dss", "qcrd"), (5e-5, 2e-4), "smollm2_135m.yaml",
-        ("train.max_steps=168", "train.iteration_steps=14", "train.eval_interval=56", "negatives.lag=3"),
+        ("train.max_steps=56", "train.iteration_steps=7", "train.eval_interval=28", "train.log_interval=7",
+         "negatives.lag=2", "student.max_rationale_tokens=128", "evaluation.max_new_tokens=24"),
+        ("train.max_steps=28",),
     ),
     "esnli": Comparison(
-        "esnli", "palm540b", 0.05, ("finetune", "dss", "qcrd"), (3e-4, 1e-3), "tiny.yaml",
-        ("train.max_steps=3000", "train.iteration_steps=100", "train.eval_interval=500", "train.batch_size=16",
-         "negatives.lag=5", "student.max_rationale_tokens=64", "judge.pretrain_steps=100"),
+        "esnli", "palm540b", 0.05, ("finetune", "dss", "qcrd"), (1e-3, 3e-3), "tiny.yaml", SCRATCH,
+        ("train.max_steps=400",),
     ),
     "cqa": Comparison(
-        "cqa", "palm540b", 0.05, ("finetune", "dss", "qcrd"), (3e-4, 1e-3), "tiny.yaml",
-        ("train.max_steps=3000", "train.iteration_steps=100", "train.eval_interval=500", "train.batch_size=16",
-         "negatives.lag=5", "student.max_rationale_tokens=64", "judge.pretrain_steps=100"),
+        "cqa", "palm540b", 0.05, ("finetune", "dss", "qcrd"), (1e-3, 3e-3), "tiny.yaml", SCRATCH,
+        ("train.max_steps=400",),
     ),
 }  # fmt: skip
 
@@ -101,16 +110,14 @@ def main() -> None:
 def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     comparison, place = COMPARISONS[name], arguments.output.absolute() / name
     counts = split(comparison, arguments.data / comparison.task, place / "data")
-    base = load_config(
-        ROOT / "jobs" / "configs" / comparison.config,
-        [
-            f"task={comparison.task}", "teacher.engine=recorded", f"data.path={place / 'data'}",
-            f"data.teachers=[{comparison.teacher}]", f"run.storage_path={place}", *comparison.settings,
-            *arguments.overrides,
-        ],
-    )  # fmt: skip
+    file, settings = ROOT / "jobs" / "configs" / comparison.config, [
+        f"task={comparison.task}", "teacher.engine=recorded", f"data.path={place / 'data'}",
+        f"data.teachers=[{comparison.teacher}]", f"run.storage_path={place}", *comparison.settings,
+    ]  # fmt: skip
+    base = load_config(file, [*settings, *arguments.overrides])
+    brief = load_config(file, [*settings, *comparison.tuning, *arguments.overrides])
     tuned = Axis("method", "method and learning rate", tuple(_choices(comparison.methods, comparison.rates)))
-    _, tuning_rows = run(base, tuned, "tuning", 1, TUNING_SEED)
+    _, tuning_rows = run(brief, tuned, "tuning", 1, TUNING_SEED)
     rates = {
         method: max(comparison.rates, key=lambda rate: _valid(tuning_rows, _label(method, rate)))
         for method in comparison.methods

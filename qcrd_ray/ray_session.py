@@ -20,6 +20,10 @@ from qcrd_ray.errors import UserError
 LOCAL_OBJECT_STORE_BYTES = 1 << 30
 """Blocks in flight are few and small; Ray's own default is a third of the machine's memory."""
 
+IDLE_SECONDS = 60
+"""For which a worker of a local cluster waits for its next task. By default Ray ends those of a machine with few cores
+after one second, so that each task of the data stream would start a process and import everything anew."""
+
 
 @contextmanager
 def ray_session(cpus: float, verbose: bool = False) -> Iterator[None]:
@@ -63,6 +67,7 @@ def start_ray(cpus: float = 1.0, verbose: bool = False) -> None:
             "num_cpus": max(os.cpu_count() or 1, math.ceil(cpus)),
             "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
             "include_dashboard": False,
+            "_system_config": {"idle_worker_killing_time_threshold_ms": IDLE_SECONDS * 1000},
         }
     with _sigterm_as_it_is():
         ray.init(**settings)
