@@ -3,9 +3,9 @@
     python benchmarks/accuracy.py --data FOLDER [--only NAME] [--seeds N] [--output runs/accuracy] [key=value ...]
 
 FOLDER holds the benchmark data: `svamp`, `cqa`, `esnli`, each with `train.jsonl` and `valid.jsonl`. A comparison is two
-sweeps. The first trains every method once with every learning rate, for half the steps, from a seed of its own; the rate
-that is best on the validation split is the method's. The second trains every method with its rate and N seeds. The student that is
-reported is the best of its run on the validation split, scored on the test split.
+sweeps. The first trains every method once with every learning rate, for half the steps, from a seed of its own; the
+rate that is best on the validation split is the method's. The second trains every method with its rate and N seeds. The
+student that is reported is the best of its run on the validation split, scored on the test split.
 
 No split of the benchmark was chosen by: FOLDER's `valid.jsonl` is the test split here, and a validation split is taken
 from `train.jsonl` by a hash of the ids. Of SVAMP, questions that this teacher was never asked train nothing in any

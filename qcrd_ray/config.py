@@ -260,6 +260,11 @@ class TrainConfig(Section):
     tokens_per_pass: Positive = Field(
         8192, description="Padded tokens of one forward pass; a batch is cut into passes, a step never changes."
     )
+    choice_interval: NonNegative = Field(
+        0,
+        description="Iterations for which a question keeps its chosen positive (min_max, max_min); 0: it is chosen "
+        "anew at every step, as the paper does.",
+    )
     eval_interval: NonNegative = Field(
         0, description="Steps between evaluations, each at the next start of an iteration; 0: before and after only."
     )
@@ -590,6 +595,11 @@ class ExperimentConfig(Section):
         return self.method in ("mi", "mi+qcrd")
 
     @property
+    def keeps_choices(self) -> bool:
+        """Whether a question keeps its chosen positive over steps."""
+        return bool(self.train.choice_interval) and self.is_contrastive and self.scheme in ("min_max", "max_min")
+
+    @property
     def sampled_negatives(self) -> int:
         """Negatives a question that an engine samples (the teacher's minority is not sampled)."""
         if not self.is_contrastive or self.negatives.source in ("self_consistency", "none"):
@@ -610,6 +620,7 @@ class ExperimentConfig(Section):
             "student.lora.": not self.student.lora.rank,
             "data.share": self.data.share == 1.0,
             "loss.alpha_mutual_information": not self.couples_tasks,
+            "train.choice_interval": not self.keeps_choices,
         }
         left_out = (*_INFRASTRUCTURE, *(key for key, is_off in off.items() if is_off))
         return {key: value for key, value in self.flat().items() if not key.startswith(left_out)}

@@ -25,7 +25,7 @@ def cpu_computes_bf16() -> bool:
 
 def gains_by_bf16(cpu_info: str) -> bool:
     """The same of the text of a /proc/cpuinfo: `flags` and `vendor_id` on x86, `Features` on Arm."""
-    found = {}
+    found: dict[str, list[str]] = {}
     for line in cpu_info.splitlines():
         name, _, value = line.partition(":")
         found.setdefault(name.strip(), value.split())

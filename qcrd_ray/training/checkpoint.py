@@ -23,6 +23,7 @@ from qcrd_ray.models.student import Student, load_student, save_student
 from qcrd_ray.run_folder import CHECKPOINTS, DamagedFolder, RunFolder
 from qcrd_ray.training.engine import TrainEngine
 from qcrd_ray.training.judge import OnlineJudge
+from qcrd_ray.training.kept_choices import KeptChoices
 
 SHARD_BYTES = 1 << 27
 BASE = "base.txt"
@@ -72,6 +73,7 @@ def save_checkpoint(
     progress: Progress,
     keep: int,
     fence: Callable[[], None],
+    choices: KeptChoices | None = None,
 ) -> list[int]:
     """Write a checkpoint and prune old ones. A collective; rank 0 writes.
 
@@ -98,6 +100,8 @@ def save_checkpoint(
         if judge:
             save_state(judge.engine, write, "judge_optimizer")
             write(lambda place: judge.discriminator.save(place / "judge"))
+        if choices:
+            write(choices.save)
         text = json.dumps(asdict(progress))
         write(lambda place: (place / "progress.json").write_text(text, encoding="utf-8"))
         if first:

@@ -22,6 +22,7 @@ from qcrd_ray.models.discriminator import Discriminator
 from qcrd_ray.models.student import Student, local_model
 from qcrd_ray.rationales.corruption import fill_negatives
 from qcrd_ray.rationales.streaming import StepBatch, StreamSpec, begun, stream_batches
+from qcrd_ray.rationales.tables import open_rationale_table
 from qcrd_ray.run_folder import INITIAL_JUDGE, JUDGE, Metrics, RunFolder
 from qcrd_ray.run_lock import check_attempt
 from qcrd_ray.sampling.negatives import NegativesClient
@@ -39,6 +40,7 @@ from qcrd_ray.training.checkpoint import (
 )
 from qcrd_ray.training.engine import TrainEngine, read_deepspeed_json
 from qcrd_ray.training.judge import JudgedQuestion, OnlineJudge
+from qcrd_ray.training.kept_choices import KeptChoices
 from qcrd_ray.training.methods import Candidates
 from qcrd_ray.training.prometheus import TrainingExporter
 from qcrd_ray.training.snapshots import SnapshotPublisher
@@ -93,6 +95,7 @@ def _train(spec: WorkerSpec) -> None:
     student = build_student(model, config.student, _dtype(config), resumed)
     engine = _student_engine(student, config)
     judge = _judge(spec, resumed)
+    choices = _kept_choices(spec, resumed)
     if resumed:
         restore_optimizer(resumed, engine, judge, progress)
     metrics = Metrics(run)
@@ -133,7 +136,7 @@ def _train(spec: WorkerSpec) -> None:
         found = candidates(config, batch.rows, negatives)
 
         lr = learning_rate(config, step)
-        losses = train_on_batch(engine, config, batch, found, judge)
+        losses = train_on_batch(engine, config, batch, found, judge, choices)
         gradient_norm = engine.step(lr)
         judged = _update_judge(config, schedule, judge, step, found)
 
@@ -151,7 +154,8 @@ def _train(spec: WorkerSpec) -> None:
             publisher.wait()
             metrics.flush()
             begin = time.perf_counter()
-            checkpoints = save_checkpoint(run, engine, student, judge, progress, config.train.checkpoints_kept, fence)
+            keep = config.train.checkpoints_kept
+            checkpoints = save_checkpoint(run, engine, student, judge, progress, keep, fence, choices)
             seconds = time.perf_counter() - begin
             clock.checkpoint_seconds += seconds
             if exported:
@@ -210,6 +214,16 @@ def _judge(spec: WorkerSpec, resumed: Path | None) -> OnlineJudge | None:
     torch.manual_seed(stable_hash(spec.config.train.seed, "judge"))
     source = resumed / "judge" if resumed else spec.run.get_folder(INITIAL_JUDGE)
     return OnlineJudge(Discriminator.load(source), spec.config)
+
+
+def _kept_choices(spec: WorkerSpec, resumed: Path | None) -> KeptChoices | None:
+    config = spec.config
+    if not config.keeps_choices:
+        return None
+    found = KeptChoices(config.train.choice_interval, open_rationale_table(spec.run.table("train")).num_rows)
+    if resumed:
+        found.restore(resumed)
+    return found
 
 
 def _pretrain(spec: WorkerSpec, judge: OnlineJudge, metrics: Metrics, rank: int) -> None:
@@ -371,6 +385,8 @@ class _Clock:
             "publish_seconds": round(self.publisher.seconds - self.published, 4),
             "seconds": round(seconds, 4),
         }
+        if self.config.keeps_choices:
+            record["choices_kept"] = int(total["choices_kept"])
         if self.config.couples_tasks:
             record["loss_mutual_information"] = total["mutual_information"] / questions
         return record, after, bool(extremes[6])

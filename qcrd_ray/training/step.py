@@ -25,6 +25,7 @@ from qcrd_ray.sampling.negatives import Negative
 from qcrd_ray.seeding import stable_uniform
 from qcrd_ray.training.engine import TrainEngine
 from qcrd_ray.training.judge import OnlineJudge
+from qcrd_ray.training.kept_choices import NONE, KeptChoices
 from qcrd_ray.training.methods import Candidates, method_of
 
 LABEL = "label"
@@ -51,6 +52,7 @@ class StepLosses:
     scored_negative: int = 0
     tokens: int = 0
     passes: int = 0
+    choices_kept: int = 0
 
     def vector(self) -> list[float]:
         return [float(getattr(self, name)) for name in self.__dataclass_fields__]
@@ -83,12 +85,17 @@ def train_on_batch(
     batch: StepBatch,
     batch_candidates: list[Candidates],
     judge: OnlineJudge | None,
+    kept: KeptChoices | None = None,
 ) -> StepLosses:
-    """Add the gradients of equation (8)'s first two terms to the engine's step, and say what they were made of."""
+    """Add the gradients of equation (8)'s first two terms to the engine's step, and say what they were made of.
+
+    Args:
+        kept: choices of earlier steps; those of this step are added.
+    """
     student: Student = engine.module  # type: ignore[assignment]
     method = method_of(config)
     losses = StepLosses()
-    plan = _plan(engine, config, batch, batch_candidates, losses)
+    plan = _plan(engine, config, batch, batch_candidates, losses, kept)
     _score(config, plan, batch_candidates, judge, losses)
     plan.items = _gradient_items(config, plan, batch_candidates)
 
@@ -116,6 +123,7 @@ def _plan(
     batch: StepBatch,
     found: list[Candidates],
     losses: StepLosses,
+    kept: KeptChoices | None,
 ) -> Plan:
     """Masks, and the choice of columns: by a pass without gradients where the scheme goes by cross-entropy."""
     student: Student = engine.module  # type: ignore[assignment]
@@ -133,8 +141,15 @@ def _plan(
         dtype=torch.float64,
         device=device,
     ).reshape(len(found), 2)
-    positive_ce, negative_ce = _choice_pass(engine, config, found, positive_mask, negative_mask)
-    choice = choose(positive_ce, negative_ce, positive_mask, negative_mask, scheme=config.scheme, uniforms=uniforms)
+    iteration = batch.step // config.train.iteration_steps
+    open_mask = _without_kept(positive_mask, batch, iteration, kept)
+    is_kept = (open_mask != positive_mask).any(1)
+    losses.choices_kept = int(is_kept.sum())
+    positive_ce, negative_ce = _choice_pass(engine, config, found, open_mask, negative_mask)
+    choice = choose(positive_ce, negative_ce, open_mask, negative_mask, scheme=config.scheme, uniforms=uniforms)
+    if kept is not None:
+        chosen = torch.where(is_kept, NONE, choice.positive).tolist()
+        kept.keep([row.row for row in batch.rows], chosen, iteration, batch.global_size)
     losses.with_negative = int((choice.negative >= 0).sum())
     if not student.has_dropout and choice.negative.numel() and negative_ce.shape[1]:
         # Without dropout the choice pass gave the value that the loss would have: a negative at rest has no gradient.
@@ -142,6 +157,15 @@ def _plan(
         at_rest = picked >= config.loss.margin
         choice = Choice(choice.positive, torch.where(at_rest, -1, choice.negative))
     return Plan(positive_mask, negative_mask, choice)
+
+
+def _without_kept(positive_mask: Tensor, batch: StepBatch, iteration: int, kept: KeptChoices | None) -> Tensor:
+    """[B, m]: the positives between which there is a choice; of a question that keeps its own, that one."""
+    if kept is None:
+        return positive_mask
+    columns = torch.tensor([kept.of(row.row, iteration) for row in batch.rows], device=positive_mask.device)
+    only = torch.arange(positive_mask.shape[1], device=positive_mask.device) == columns.unsqueeze(1)
+    return torch.where((columns != NONE).unsqueeze(1), only, positive_mask)
 
 
 def _choice_pass(
@@ -163,7 +187,7 @@ def _choice_pass(
     negative_ce = torch.zeros(negative_mask.shape, device=negative_mask.device)
     items = []
     for index, c in enumerate(found):
-        positive_keys = [("+", index, j) for j, ids in enumerate(c.positives) if ids]
+        positive_keys = [("+", index, j) for j in positive_mask[index].nonzero().flatten().tolist()]
         negative_keys = [("-", index, j) for j, ids in enumerate(c.negatives) if ids]
         keys = positive_keys if by_value and len(positive_keys) > 1 else []
         if see_negative or (by_value and len(negative_keys) > 1):

@@ -81,6 +81,7 @@ def _train_case(rank: int, world: int, case: dict[str, Any]) -> list[float]:
     from qcrd_ray.rationales.streaming import StepBatch
     from qcrd_ray.sampling.negatives import Negative
     from qcrd_ray.training.engine import TrainEngine
+    from qcrd_ray.training.kept_choices import KeptChoices
     from qcrd_ray.training.step import candidates, train_on_batch
 
     config = config_from_dict(
@@ -88,9 +89,11 @@ def _train_case(rank: int, world: int, case: dict[str, Any]) -> list[float]:
             "scheme": case.get("scheme", "min_max"),
             "loss": {"margin": case.get("margin", 6.0)},
             "judge": {"enabled": False},
-            "train": {"tokens_per_pass": case.get("tokens_per_pass", 60), "batch_size": 2},
+            "train": {"tokens_per_pass": case.get("tokens_per_pass", 60), "batch_size": 2, "iteration_steps": 5},
         }
     )
+    kept = KeptChoices(case["choice_interval"], ROWS) if "choice_interval" in case else None
+    choices_kept = 0
     student, resumed, lr = tiny_student(case["family"]), case.get("resume"), case.get("lr", 1e-4)
     if case.get("lora"):
         add_adapters(student, StudentConfig.model_validate({"lora": {"rank": 3}}))
@@ -120,11 +123,13 @@ def _train_case(rank: int, world: int, case: dict[str, Any]) -> list[float]:
         mine = [rows[row] for row in order.share(step, rank, world)]
         batch = StepBatch(step, order.epoch_of(step), len(order.batch(step)), mine)
         sampled = [[Negative(ids, "n", 0) for ids in negatives[step, row.row]] for row in mine]
-        found = train_on_batch(engine, config, batch, candidates(config, mine, sampled), None)
+        found = train_on_batch(engine, config, batch, candidates(config, mine, sampled), None, kept)
         engine.step(lr)
+        choices_kept += found.choices_kept
         total = torch.tensor([found.total / batch.global_size], dtype=torch.float64)
         dist.all_reduce(total)
         losses.append(float(total))
+    assert (choices_kept > 0) == (kept is not None)
     changed = {name for name, value in (engine.weights() or {}).items() if not torch.equal(value, before[name])}
     adapters = {name for name in before if ".lora_" in name}
     assert changed == (adapters if case.get("lora") else set(before)), changed
@@ -144,6 +149,7 @@ CASES = [
     {"family": "t5", "stage": 3, "margin": 4.11},
     {"family": "t5", "stage": 2, "scheme": "mean"},
     {"family": "llama", "stage": 2, "scheme": "sampling"},
+    {"family": "t5", "stage": 0, "choice_interval": 2},
 ]
 
 
