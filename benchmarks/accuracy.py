@@ -22,7 +22,6 @@ import argparse
 import itertools
 import json
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,8 +126,10 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     answers = {method: right_answers(final, rows, method) for method in comparison.methods}
     return {
         "name": name,
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
-        "config": config_to_yaml(base),
+        "command": " ".join(
+            ["python", "benchmarks/accuracy.py", "--data", "DATA", "--only", name, *arguments.overrides]
+        ),
+        "config": config_to_yaml(shown(base)),
         "data": counts,
         "tuning": [{"point": row["point"], "valid": row["valid_accuracy"]} for row in tuning_rows],
         "rates": rates,
@@ -138,6 +139,12 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             {"a": a, "b": b, **paired(answers[a], answers[b])} for b, a in itertools.combinations(comparison.methods, 2)
         ],
     }
+
+
+def shown(config: ExperimentConfig) -> ExperimentConfig:
+    """Without the folders of the machine that it ran on."""
+    data = config.data.model_copy(update={"path": f"DATA/{config.task}"})
+    return config.model_copy(update={"run": type(config.run)(), "data": data})
 
 
 def _choices(methods: Sequence[str], rates: Sequence[float]) -> Iterator[Choice]:
@@ -223,16 +230,28 @@ def _method(method: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
     """The tables, in Markdown."""
-    yield f"{found['name']}: {found['data']}"
-    yield "| method | learning rate | test accuracy, 95 % over seeds | std | seconds a run |\n|---|---|---|---|---|"
+    data = found["data"]
+    yield f"{data['train']} questions to train on, {data['valid']} to choose by, {data['test']} to report on.\n"
+    yield "| method | learning rate | test accuracy, 95 % over seeds | std | active negatives | s a run |"
+    yield "|---|---|---|---|---|---|"
     for row in found["methods"]:
         spread = "" if row["half"] is None else f" ± {row['half']:.3f}"
         std = "" if row["std"] is None else f"{row['std']:.3f}"
         rate = found["rates"][row["method"]]
-        yield f"| {row['method']} | {rate:g} | {row['mean']:.3f}{spread} | {std} | {row['seconds']:.0f} |"
+        yield (
+            f"| {row['method']} | {rate:g} | {row['mean']:.3f}{spread} | {std} | {_active(found, row['method'])} "
+            f"| {row['seconds']:.0f} |"
+        )
     yield "\n| | difference, 95 % over questions | p |\n|---|---|---|"
     for row in found["pairs"]:
         yield f"| {row['a']} − {row['b']} | {row['difference']:+.3f} ± {row['half']:.3f} | {row['p']:.3f} |"
+
+
+def _active(found: Mapping[str, Any], method: str) -> str:
+    """The share of negatives inside the margin, over the method's runs."""
+    rows = [row["active_fraction"] for row in found["trials"] if row["labels"]["method"] == method]
+    known = [share for share in rows if share is not None]
+    return f"{np.mean(known):.2f}" if known else ""
 
 
 if __name__ == "__main__":

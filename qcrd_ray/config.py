@@ -43,7 +43,7 @@ class Section(BaseModel):
 
 
 Precision = Literal["auto", "bf16", "fp32"]
-_AUTO = "auto: bf16 on a GPU and where the CPU of the machine that starts the job has instructions for it, else fp32."
+_AUTO = "auto: bf16 on a GPU and where the CPU of the machine that starts the job gains by it, else fp32."
 
 
 def _precision_of_machine(raw: Any, gpus: str) -> Any:

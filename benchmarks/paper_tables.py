@@ -1,0 +1,110 @@
+"""The paper's other tables on generated sums: what each choice of the method does to a student's accuracy.
+
+    python benchmarks/paper_tables.py [--only SPACE ...] [--seeds N] [--output runs/paper_tables] [key=value ...]
+
+The spaces are those of `tune/sweep.py`. The teacher is the scripted one, which is simulated: it explains its sums, and
+about a third of its samples are wrong. The student is the scratch T5 of `tiny.yaml`, a million parameters that know
+nothing. So the tables say what the parts of the method do where the teacher is noisy and the student is small, and
+nothing of any benchmark.
+
+Whatever ends it, the same command goes on. `OUTPUT/SPACE.json` holds what `docs/results.md` shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qcrd_ray.config import config_to_yaml, load_config
+from qcrd_ray.run_folder import write_text_atomic
+from qcrd_ray.sweeps.driver import sweep
+from qcrd_ray.sweeps.plan import Plan
+from qcrd_ray.sweeps.settings import SweepSettings
+from qcrd_ray.sweeps.space import Space
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tune"))
+
+from search_spaces import SPACES  # noqa: E402
+
+NAMES = (
+    "methods", "labels", "ablations_all", "schemes", "negative_source", "positives_m", "negatives_k", "temperature",
+    "data_share",
+)  # fmt: skip
+SETTINGS = (
+    "data.generated.train=960", "data.generated.valid=100", "data.generated.test=500", "train.max_steps=400",
+    "train.iteration_steps=20", "train.batch_size=16", "train.eval_interval=100", "train.log_interval=50",
+    "train.threads=1", "sampler.threads=1", "train.cpus_per_worker=0.6", "sampler.cpus=0.1", "evaluation.observed=0",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("runs/paper_tables"))
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_intermixed_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    for name in arguments.only:
+        found = table(name, arguments)
+        write_text_atomic(arguments.output / f"{name}.json", json.dumps(found, indent=1) + "\n")
+        print("\n".join(lines_of(found)), flush=True)
+
+
+def table(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    place = arguments.output.absolute()
+    base = load_config(
+        ROOT / "jobs" / "configs" / "tiny.yaml", [*SETTINGS, f"run.storage_path={place}", *arguments.overrides]
+    )
+    settings, space = SweepSettings(name=name, seeds=arguments.seeds), Space(SPACES[name])
+    result = sweep(settings, base, space)
+    if result["failures"]:
+        raise SystemExit(f"error: {result['failures'][0]['trial']}: {result['failures'][0]['reason']}")
+    rows = [vars(row) for row in Plan(settings, base, space).rows()]
+    return {
+        "name": name,
+        "source": SPACES[name][0].source,
+        "title": " × ".join(axis.title for axis in SPACES[name]),
+        "command": " ".join(["python", "benchmarks/paper_tables.py", *sys.argv[1:]]),
+        "config": config_to_yaml(base.model_copy(update={"run": type(base.run)()})),
+        "default": result["default"],
+        "points": result["points"],
+        "trials": rows,
+    }
+
+
+def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
+    """The table, in Markdown."""
+    axes = list(found["points"][0]["labels"])
+    yield f"{found['title']} ({found['source']})\n"
+    yield f"| {' | '.join(axes)} | test accuracy, 95 % over seeds | difference | active negatives | s a run |"
+    yield "|---" * (len(axes) + 4) + "|"
+    for point in found["points"]:
+        own = [row for row in found["trials"] if row["point"] == point["point"] and row["accuracy"] is not None]
+        labels = [point["labels"][axis] for axis in axes]
+        half = "" if point["low"] is None else f" ± {(point['high'] - point['low']) / 2:.3f}"
+        active = [row["active_fraction"] for row in own if row["active_fraction"] is not None]
+        cells = [*labels, f"{point['mean']:.3f}{half}", _difference(point), _mean(active, ".2f")]
+        yield f"| {' | '.join(cells)} | {_mean([row['seconds'] for row in own], '.0f')} |"
+
+
+def _difference(point: Mapping[str, Any]) -> str:
+    if point["difference"] is None:
+        return ""
+    if point["difference_interval"] is None:
+        return f"{point['difference']:+.3f}"
+    return f"{point['difference']:+.3f} ± {point['difference_interval']:.3f}"
+
+
+def _mean(values: list[float], form: str) -> str:
+    return format(sum(values) / len(values), form) if values else ""
+
+
+if __name__ == "__main__":
+    main()
