@@ -85,7 +85,7 @@ COMPARISONS = {
         ("train.max_steps=400",),
     ),
     "cqa": Comparison(
-        "cqa", "palm540b", 0.05, ("finetune", "dss", "qcrd"), (1e-3, 3e-3), "tiny.yaml", SCRATCH,
+        "cqa", "palm540b", 0.05, ("finetune", "dss", "qcrd"), (3e-4, 1e-3), "tiny.yaml", SCRATCH,
         ("train.max_steps=400",),
     ),
 }  # fmt: skip
