@@ -7,6 +7,7 @@ step, has no end of epoch to wait for, and gives the same batches to any number 
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -15,6 +16,7 @@ from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import ray
 import yaml
 
 from qcrd_ray.config import ExperimentConfig, config_from_dict, config_to_yaml
@@ -34,6 +36,8 @@ from qcrd_ray.tasks.prompts import (
 _Item = TypeVar("_Item")
 
 STEPS_PER_BLOCK = 16
+WINDOW_QUESTIONS = 2048
+"""Questions of a worker in a window; twice as many lie in the object store at most."""
 DATA_CPUS = 0.25
 """Logical CPUs of a task that reads and tokenizes, beside what workers and samplers hold."""
 
@@ -84,21 +88,71 @@ class StreamSpec:
 
 def stream_batches(spec: StreamSpec, start_step: int, max_steps: int) -> Iterator[StepBatch]:
     """Batches of the steps start_step..max_steps-1 for one worker, tokenized ahead of the training step."""
+    with _BlocksAhead(spec, range(start_step, max_steps)) as blocks:
+        for block in blocks:
+            for step in ray.get(block).to_pylist():
+                rows = [TrainingRow(**row) for row in step.pop("rows")]
+                yield StepBatch(rows=rows, **step)
+
+
+class _BlocksAhead:
+    """References to tables of the steps, in order, by a thread that is up to two windows of them ahead.
+
+    The steps are cut into windows, each a data set of its own, whose blocks are taken as soon as they are there. A data
+    set that had to wait for a slow consumer would keep its scheduler looking for work in this process, all the time.
+    """
+
+    def __init__(self, spec: StreamSpec, steps: range) -> None:
+        share = -(-spec.config.train.batch_size // spec.world)
+        window = STEPS_PER_BLOCK * max(1, WINDOW_QUESTIONS // (share * STEPS_PER_BLOCK))
+        self._spec = spec
+        self._windows = [steps[first : first + window] for first in range(0, len(steps), window)]
+        self._found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._room = threading.Semaphore(2)
+        self._closed = False
+
+    def __enter__(self) -> _BlocksAhead:
+        threading.Thread(target=self._run, name="blocks-ahead", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed = True
+        self._room.release()
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in self._windows:
+            while (found := self._found.get()) is not None:
+                if isinstance(found, BaseException):
+                    raise found
+                yield found
+            self._room.release()
+
+    def _run(self) -> None:
+        try:
+            for steps in self._windows:
+                self._room.acquire()
+                for bundle in _dataset(self._spec, steps).iter_internal_ref_bundles():
+                    for block in bundle.block_refs:
+                        self._found.put(block)
+                    if self._closed:
+                        return
+                self._found.put(None)
+        except BaseException as error:
+            self._found.put(error)
+
+
+def _dataset(spec: StreamSpec, steps: range) -> Any:
+    """A block for every few steps."""
     import ray.data
 
-    if start_step >= max_steps:
-        return
     dataset = ray.data.read_datasource(
-        _steps_source(spec, start_step, max_steps),
-        override_num_blocks=-(-(max_steps - start_step) // STEPS_PER_BLOCK),
-        ray_remote_args={"num_cpus": DATA_CPUS},
+        _steps_source(spec, steps.start, steps.stop),
+        override_num_blocks=-(-len(steps) // STEPS_PER_BLOCK),
+        num_cpus=DATA_CPUS,
     )
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False
-    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-        for step in block.to_pylist():
-            rows = [TrainingRow(**row) for row in step.pop("rows")]
-            yield StepBatch(rows=rows, **step)
+    return dataset
 
 
 def begun(items: Iterator[_Item]) -> Iterator[_Item]:
