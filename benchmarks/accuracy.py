@@ -31,7 +31,7 @@ import numpy as np
 
 from qcrd_ray.config import ExperimentConfig, config_to_yaml, load_config
 from qcrd_ray.reporting.run_record import read_predictions
-from qcrd_ray.run_folder import EVALUATIONS, RESULT, RunFolder, write_text_atomic
+from qcrd_ray.run_folder import EVALUATIONS, METRICS, RESULT, RunFolder, write_text_atomic
 from qcrd_ray.seeding import stable_hash
 from qcrd_ray.sweeps.driver import sweep
 from qcrd_ray.sweeps.plan import Plan
@@ -42,6 +42,8 @@ from qcrd_ray.sweeps.summary import mean_and_interval
 ROOT = Path(__file__).resolve().parents[1]
 TUNING_SEED = 100
 FLIPS = 20_000
+LAST_STEPS = 100
+LAST = ("loss_label", "loss_positive", "loss_negative", "active_fraction", "score_positive", "score_negative")
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,15 @@ def run(
     if result["failures"]:
         raise SystemExit(f"error: {result['failures'][0]['trial']}: {result['failures'][0]['reason']}")
     plan = Plan(settings, base, space)
-    return plan, [vars(row) for row in plan.rows()]
+    return plan, [vars(row) | {"last": last_steps(plan.run(row.trial))} for row in plan.rows()]
+
+
+def last_steps(run: RunFolder) -> dict[str, float]:
+    """Means over the last steps of training of what its metrics say."""
+    lines = run.read(METRICS).decode()
+    rows = [row for row in map(json.loads, lines.splitlines()) if "loss" in row][-LAST_STEPS:]
+    values = {key: [row[key] for row in rows if row.get(key) is not None] for key in LAST}
+    return {key: float(np.mean(found)) for key, found in values.items() if found}
 
 
 def right_answers(plan: Plan, rows: Sequence[Mapping[str, Any]], method: str) -> dict[str, float]:
@@ -242,6 +252,12 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
             f"| {row['method']} | {rate:g} | {row['mean']:.3f}{spread} | {std} | {_active(found, row['method'])} "
             f"| {row['seconds']:.0f} |"
         )
+    yield f"\nMeans over the last {LAST_STEPS} steps:\n\n| method | {' | '.join(LAST)} |"
+    yield "|---" * (len(LAST) + 1) + "|"
+    for method in found["rates"]:
+        own = [row["last"] for row in found["trials"] if row["labels"]["method"] == method]
+        means = [[last[key] for last in own if key in last] for key in LAST]
+        yield f"| {method} | {' | '.join(f'{np.mean(m):.3f}' if any(m) else '' for m in means)} |"
     yield "\n| | difference, 95 % over questions | p |\n|---|---|---|"
     for row in found["pairs"]:
         yield f"| {row['a']} − {row['b']} | {row['difference']:+.3f} ± {row['half']:.3f} | {row['p']:.3f} |"
@@ -249,9 +265,8 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _active(found: Mapping[str, Any], method: str) -> str:
     """The share of negatives inside the margin, over the method's runs."""
-    rows = [row["active_fraction"] for row in found["trials"] if row["labels"]["method"] == method]
-    known = [share for share in rows if share is not None]
-    return f"{np.mean(known):.2f}" if known else ""
+    own = [row for row in found["trials"] if row["labels"]["method"] == method and row["negatives_used"]]
+    return f"{np.mean([row['active_fraction'] for row in own]):.2f}" if own else ""
 
 
 if __name__ == "__main__":

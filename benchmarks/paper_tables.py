@@ -89,7 +89,7 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
         own = [row for row in found["trials"] if row["point"] == point["point"] and row["accuracy"] is not None]
         labels = [point["labels"][axis] for axis in axes]
         half = "" if point["low"] is None else f" ± {(point['high'] - point['low']) / 2:.3f}"
-        active = [row["active_fraction"] for row in own if row["active_fraction"] is not None]
+        active = [row["active_fraction"] for row in own if row["negatives_used"]]
         cells = [*labels, f"{point['mean']:.3f}{half}", _difference(point), _mean(active, ".2f")]
         yield f"| {' | '.join(cells)} | {_mean([row['seconds'] for row in own], '.0f')} |"
 
