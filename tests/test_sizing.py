@@ -78,7 +78,7 @@ def test_presets_say_what_the_calculator_says(name: str) -> None:
     rows = re.findall(r"^#\s+(.*?)\s*\| (\d+) GiB\s*\| (\d+|none)\s*\|", file.read_text(), re.MULTILINE)
     assert len(rows) >= 3
     for keys, memory, number in rows:
-        found = [key for key in keys.split() if "=" in key]
+        found = [*(key for key in keys.split() if "=" in key), "train.gpus_per_worker=1", "sampler.gpus=1"]
         machine, most = Machine(int(memory) * GIBIBYTE), 64 if number == "none" else int(number)
         enough = estimate(load_config(file, [*found, f"train.workers={most}"]), machine)
         assert (enough.worker.peak_bytes <= int(memory) * GIBIBYTE) == (number != "none"), (keys, memory)
