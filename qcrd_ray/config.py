@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from qcrd_ray.errors import UserError
-from qcrd_ray.hardware import cpu_computes_bf16
+from qcrd_ray.hardware import cpu_gains_by_bf16
 from qcrd_ray.seeding import stable_hash
 
 TaskName = Literal["svamp", "cqa", "anli1", "esnli", "chain_sum", "custom"]
@@ -55,7 +55,7 @@ def _precision_of_machine(raw: Any, gpus: str) -> Any:
     if not isinstance(raw, Mapping) or raw.get("precision", "auto") != "auto":
         return raw
     on_gpu = raw.get(gpus) not in (None, 0, 0.0)
-    return {**raw, "precision": "bf16" if on_gpu or cpu_computes_bf16() else "fp32"}
+    return {**raw, "precision": "bf16" if on_gpu or cpu_gains_by_bf16() else "fp32"}
 
 
 class DataConfig(Section):

@@ -15,7 +15,7 @@ else that bf16 costs makes it the slower one: steps of SmolLM2-135M took 1.4 tim
 
 
 @lru_cache(maxsize=1)
-def cpu_computes_bf16() -> bool:
+def cpu_gains_by_bf16() -> bool:
     """Whether this machine's CPU is faster in bf16 than in fp32; False where that cannot be told."""
     try:
         return gains_by_bf16(CPU_INFO.read_text(encoding="ascii", errors="replace"))

@@ -13,7 +13,7 @@ from qcrd_ray.config import (
     option_lines,
 )
 from qcrd_ray.errors import UserError
-from qcrd_ray.hardware import cpu_computes_bf16, gains_by_bf16
+from qcrd_ray.hardware import cpu_gains_by_bf16, gains_by_bf16
 
 PRESETS = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml"))
 
@@ -139,7 +139,7 @@ def test_what_a_cpu_gains_by_bf16(cpu_info: str, expected: bool) -> None:
 
 
 def test_precision_is_that_of_the_machine_unless_it_is_set() -> None:
-    found = "bf16" if cpu_computes_bf16() else "fp32"
+    found = "bf16" if cpu_gains_by_bf16() else "fp32"
     for raw in ({}, {"train": {"precision": "auto"}, "sampler": {"precision": "auto", "gpus": 0}}):
         config = config_from_dict(raw)
         assert (config.train.precision, config.sampler.precision, config.teacher.precision) == (found,) * 3
