@@ -131,8 +131,11 @@ class _BlocksAhead:
         try:
             for steps in self._windows:
                 self._room.acquire()
+                if self._closed:
+                    return
                 for bundle in _dataset(self._spec, steps).iter_internal_ref_bundles():
                     for block in bundle.block_refs:
+                        ray.wait([block], timeout=0)  # a block of another node sets out for this one
                         self._found.put(block)
                     if self._closed:
                         return

@@ -143,11 +143,11 @@ def _plan(
     ).reshape(len(found), 2)
     iteration = batch.step // config.train.iteration_steps
     open_mask = _without_kept(positive_mask, batch, iteration, kept)
-    is_kept = (open_mask != positive_mask).any(1)
-    losses.choices_kept = int(is_kept.sum())
     positive_ce, negative_ce = _choice_pass(engine, config, found, open_mask, negative_mask)
     choice = choose(positive_ce, negative_ce, open_mask, negative_mask, scheme=config.scheme, uniforms=uniforms)
     if kept is not None:
+        is_kept = (open_mask != positive_mask).any(1)
+        losses.choices_kept = int(is_kept.sum())
         chosen = torch.where(is_kept, NONE, choice.positive).tolist()
         kept.keep([row.row for row in batch.rows], chosen, iteration, batch.global_size)
     losses.with_negative = int((choice.negative >= 0).sum())
@@ -186,8 +186,8 @@ def _choice_pass(
     positive_ce = torch.zeros(positive_mask.shape, device=positive_mask.device)
     negative_ce = torch.zeros(negative_mask.shape, device=negative_mask.device)
     items = []
-    for index, c in enumerate(found):
-        positive_keys = [("+", index, j) for j in positive_mask[index].nonzero().flatten().tolist()]
+    for index, (c, is_open) in enumerate(zip(found, positive_mask.tolist(), strict=True)):
+        positive_keys = [("+", index, j) for j, open_one in enumerate(is_open) if open_one]
         negative_keys = [("-", index, j) for j, ids in enumerate(c.negatives) if ids]
         keys = positive_keys if by_value and len(positive_keys) > 1 else []
         if see_negative or (by_value and len(negative_keys) > 1):
