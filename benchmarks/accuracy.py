@@ -68,19 +68,24 @@ class Comparison:
     tuning: tuple[str, ...]
 
 
+TWO_AT_ONCE = (
+    "train.cpus_per_worker=0.6", "sampler.cpus=0.1", "train.threads=1", "sampler.threads=1",
+)  # fmt: skip
+"""On two cores. While one run starts or is evaluated, the other trains."""
+
 SCRATCH = (
     "train.max_steps=800", "train.iteration_steps=40", "train.eval_interval=200", "train.batch_size=16",
     "train.log_interval=50", "negatives.lag=5", "negatives.max_tokens=64", "student.max_rationale_tokens=64",
-    "judge.pretrain_steps=100", "train.cpus_per_worker=0.6", "sampler.cpus=0.1", "train.threads=1", "sampler.threads=1",
+    "judge.pretrain_steps=100", *TWO_AT_ONCE,
 )  # fmt: skip
-"""Two runs at once on two cores: a student of a million parameters makes nothing of a second one."""
 
 COMPARISONS = {
     "svamp": Comparison(
         "svamp", "gpt35turbo-mcckd", 0.12, ("finetune", "dss", "qcrd"), (5e-5, 2e-4), "smollm2_135m.yaml",
-        ("train.max_steps=56", "train.iteration_steps=7", "train.eval_interval=28", "train.log_interval=7",
-         "negatives.lag=2", "student.max_rationale_tokens=128", "evaluation.max_new_tokens=24"),
-        ("train.max_steps=28",),
+        ("train.max_steps=40", "train.iteration_steps=5", "train.eval_interval=20", "train.log_interval=5",
+         "negatives.lag=2", "student.max_rationale_tokens=128", "evaluation.max_new_tokens=24", "evaluation.observed=0",
+         *TWO_AT_ONCE),
+        ("train.max_steps=20",),
     ),
     "esnli": Comparison(
         "esnli", "palm540b", 0.05, ("finetune", "dss", "qcrd"), (1e-3, 3e-3), "tiny.yaml", SCRATCH,

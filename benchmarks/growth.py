@@ -6,7 +6,7 @@
 From one setting, `qcrd` without a judge on 8 questions of 45 tokens, m = 5 rationales of 104 tokens each and k = 1
 negative of as many, one thing at a time is varied: m from 1 to 20, k from 0 to 3, the length from 32 to 512, and the
 number of workers, 1 and 2, each with one thread on a core of its own and half of the batch. Token ids are random, and
-every negative lies within the margin, so that the loss is at its dearest. Students are those of training_step.py.
+every negative lies within the margin, so that the loss is at its dearest. Students are those of step_data.py.
 
 Each point is a process of its own: the median of its steps after one to warm up, and the peak of its resident set above
 that of the imported libraries (of rank 0 where there are two). `slope`: seconds and MiB a unit, by least squares.
@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from training_step import QUESTIONS, STUDENTS, Setting
+from step_data import QUESTIONS, STUDENTS, Setting
 
 BASE = {"m": 5, "k": 1, "length": 104, "workers": 1}
 AXES: dict[str, Sequence[int]] = {
@@ -84,9 +84,8 @@ def worker(rank: int, name: str, point: dict[str, int], rounds: int, place: str)
     loss = config.loss.model_copy(update={"margin": 1e6})
     judge = config.judge.model_copy(update={"enabled": False})
     config = config.model_copy(update={"method": "qcrd", "loss": loss, "judge": judge})
-    engine = TrainEngine(
-        setting.student, lr=0.0, weight_decay=0.0, clip=1.0, zero_stage=1, precision=config.train.precision
-    )
+    settings: dict[str, Any] = {"zero_stage": config.train.zero_stage, "precision": config.train.precision}
+    engine = TrainEngine(setting.student, lr=0.0, weight_decay=0.0, clip=1.0, **settings)
     seconds = []
     for step in range(rounds + 1):
         batch, negatives = batch_of(setting.student, point, rank, step)

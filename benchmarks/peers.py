@@ -15,7 +15,7 @@ faster. Only tokens of prompts and targets count, never padding.
 
 Each peer runs in an environment of its own, which is made under `--environments` from PyPI with the versions below,
 each case in a process of its own, one after another, in an order that turns with the rounds. Students and data are
-those of training_step.py.
+those of step_data.py.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def trl(job: dict[str, Any], case: str) -> float:
 def ours(job: dict[str, Any], precision: str) -> float:
     import torch
     import torch.distributed as dist
-    from training_step import batches_of_ids
+    from step_data import batches_of_ids
 
     from qcrd_ray.config import load_config
     from qcrd_ray.models.student import load_student
@@ -177,8 +177,8 @@ def ours(job: dict[str, Any], precision: str) -> float:
     student = load_student(job["model"], config.student, torch.bfloat16 if precision == "bf16" else torch.float32)
     with tempfile.TemporaryDirectory() as place:
         dist.init_process_group("gloo", init_method=f"file://{place}/store", rank=0, world_size=1)
-        settings = {"lr": LEARNING_RATE, "weight_decay": 0.0, "clip": 1.0, "precision": precision}
-        engine = TrainEngine(student, zero_stage=1 if precision == "bf16" else 0, **settings)
+        settings: dict[str, Any] = {"zero_stage": config.train.zero_stage, "precision": precision}
+        engine = TrainEngine(student, lr=LEARNING_RATE, weight_decay=0.0, clip=1.0, **settings)
         begin = 0.0
         for number, batch in enumerate(batches_of_ids(job["steps"])):
             if number == WARM_UP:
@@ -206,7 +206,7 @@ def environment(folder: Path, name: str) -> Path:
 
 def jobs(student: str, data: str, steps: int, folder: Path) -> dict[str, Any]:
     """The batches as token ids, and where the student is."""
-    from training_step import QUESTIONS, Setting, batches_of, examples
+    from step_data import QUESTIONS, Setting, batches_of, examples
 
     setting = Setting.of(student)
     if student == "smollm2":

@@ -4,9 +4,9 @@
     python benchmarks/training_step.py --quick
 
 Students: `t5_small` and `t5_base` (random weights of these shapes), `smollm2` (the embedded SmolLM2-135M). Data:
-`svamp` and `cqa` with the lengths of the real questions and rationales where QCRD_BENCHMARK_DATA names the benchmark
-data, else texts of those lengths that are made up, which the first line says. 8 questions a step, five positives and
-one negative each, bf16, all cores, one process, no pool beside it. Token ids are those of SmolLM2's tokenizer.
+`svamp` and `cqa`, see step_data.py; the first line says whether the texts are real. 8 questions a step, five positives
+and one negative each, all cores, one process, no pool beside it. `--precision auto` is what the framework takes on this
+machine.
 
 A round takes a batch of its own through every case, in an order that turns with the rounds; medians over rounds. The
 learning rate is 0, so that the weights, and with them what is chosen, stay the same. The margin δ of a batch is set
@@ -33,7 +33,6 @@ import argparse
 import contextlib
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -41,125 +40,27 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-T5_SHAPES: dict[str, dict[str, int]] = {
-    "t5_small": {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
-    "t5_base": {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
-}
-T5_VOCABULARY = 32128
-STUDENTS = (*T5_SHAPES, "smollm2")
-DATA = ("svamp", "cqa")
+from step_data import (
+    DATA,
+    POSITIVES,
+    PRECISIONS,
+    QUESTIONS,
+    STUDENTS,
+    T5_SHAPES,
+    T5_VOCABULARY,
+    Setting,
+    batches_of,
+    examples,
+)
+
 CASES = ("finetune", "dss", "qcrd", "qcrd_no_judge", "qcrd_all_active", "qcrd_t5_judge", "naive")
 PARTS = ("prompt", "choice", "gradient", "judge", "optimizer", "sampling")
-QUESTIONS, POSITIVES, ACTIVE = 8, 5, 0.25
+ACTIVE = 0.25
 NAIVE_TOGETHER = 2
 """Questions whose rationales `naive` takes together; more of them do not fit into memory at T5-base."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A question with as many rationales as a step takes."""
-
-    id: str
-    question: str
-    label: str
-    positives: list[str]
-    negative: str
-
-
-# Questions
-
-
-def examples(data: str, count: int) -> list[Example]:
-    """Real questions where they are, in an order of its own; the positives of CommonsenseQA, whose teacher answered
-    each question once, are that answer and those of the next questions, for their lengths."""
-    folder = os.environ.get("QCRD_BENCHMARK_DATA")
-    rng = random.Random(7)
-    if folder is None:
-        return [_made_up(data, number, rng) for number in range(count)]
-    rows = [json.loads(line) for line in (Path(folder) / data / "train.jsonl").open(encoding="utf-8")]
-    rng.shuffle(rows)
-    teacher = "gpt35turbo-mcckd" if data == "svamp" else "palm540b"
-    found, pool = [], []
-    for row in rows:
-        texts = [sample["rationale"] for sample in row["teacher_samples"] if sample["teacher"] == teacher]
-        pool += [(row, texts)] if texts else []
-    for number, (row, texts) in enumerate(pool):
-        if data == "cqa":
-            texts = [pool[(number + n) % len(pool)][1][0] for n in range(POSITIVES + 1)]
-        if len(texts) <= POSITIVES:
-            continue
-        question = row["question"] + "".join(f"\n({c})" for c in row.get("choices") or [])
-        label = row.get("equation") or row["answer"]
-        found.append(Example(row["id"], question, label, texts[:POSITIVES], texts[POSITIVES]))
-        if len(found) == count:
-            break
-    return found
-
-
-def _made_up(data: str, number: int, rng: random.Random) -> Example:
-    """Words drawn so that the numbers of tokens are distributed as those of the real texts."""
-    typical, spread, longest = (100, 0.45, 1000) if data == "svamp" else (38, 0.45, 200)
-
-    def words(tokens: float) -> str:
-        return " ".join(rng.choice(("cat", "dog", "red", "two", "sum", "has", "the", "of")) for _ in range(int(tokens)))
-
-    rationales = [words(min(longest, max(8, rng.lognormvariate(0, spread) * typical))) for _ in range(POSITIVES + 1)]
-    question = words(max(16, rng.gauss(45, 12)))
-    return Example(f"made-up-{number}", question, words(6), rationales[:POSITIVES], rationales[POSITIVES])
-
-
-def batches_of(student: Any, config: Any, found: Sequence[Example]) -> list[tuple[Any, list[Any]]]:
-    """(batch, the negatives of each of its questions), token ids folded into the student's vocabulary."""
-    from qcrd_ray.rationales.streaming import StepBatch, TrainingRow
-    from qcrd_ray.sampling.negatives import Negative
-    from qcrd_ray.tasks.prompts import EXPLAIN, PREDICT
-
-    tokenizer, limits = student.tokenizer, config.student
-    vocabulary = student.model.config.vocab_size
-
-    def fold(ids: Sequence[int]) -> list[int]:
-        return [token if token < vocabulary else token % 32000 + 100 for token in ids]
-
-    def target(text: str, limit: int) -> list[int]:
-        return fold(tokenizer.target(text, limit).ids)
-
-    batches = []
-    for step in range(len(found) // QUESTIONS):
-        share, rows, negatives = found[step * QUESTIONS : (step + 1) * QUESTIONS], [], []
-        for number, example in enumerate(share):
-            positives = [target(text, limits.max_rationale_tokens) for text in example.positives]
-            predict, explain = (fold(tokenizer.prompt(kind, example.question)[0]) for kind in (PREDICT, EXPLAIN))
-            rows.append(
-                TrainingRow(
-                    row=step * QUESTIONS + number, id=example.id, question=example.question, predict=predict,
-                    explain=explain, label=target(example.label, limits.max_label_tokens), positives=positives,
-                    positive_texts=example.positives, minority=[], minority_texts=[], first=positives[0],
-                    first_text=example.positives[0], cut_prompts=0, cut_targets=0,
-                )
-            )  # fmt: skip
-            negatives.append([Negative(target(example.negative, limits.max_rationale_tokens), example.negative, 1)])
-        batches.append((StepBatch(step=step, epoch=0, global_size=QUESTIONS, rows=rows), negatives))
-    return batches
-
-
-def batches_of_ids(steps: Sequence[Sequence[dict[str, list[int]]]]) -> Iterator[Any]:
-    """Batches of questions with a label and a rationale, from their token ids."""
-    from qcrd_ray.rationales.streaming import StepBatch, TrainingRow
-
-    for step, share in enumerate(steps):
-        rows = [
-            TrainingRow(
-                row=number, id=str(number), question="", predict=ids["predict"], explain=ids["explain"],
-                label=ids["label"], positives=[ids["rationale"]], positive_texts=[""], minority=[], minority_texts=[],
-                first=ids["rationale"], first_text="", cut_prompts=0, cut_targets=0,
-            )
-            for number, ids in enumerate(share)
-        ]  # fmt: skip
-        yield StepBatch(step=step, epoch=0, global_size=len(rows), rows=rows)
 
 
 # What is measured
@@ -248,7 +149,7 @@ class WatchedJudge:
 class Bench:
     """A student, its engine, the judges and the batches: what all cases share."""
 
-    def __init__(self, student: str, data: str, rounds: int, cases: Sequence[str]) -> None:
+    def __init__(self, student: str, precision: str, data: str, rounds: int, cases: Sequence[str]) -> None:
         import torch.distributed as dist
 
         from qcrd_ray.training.engine import TrainEngine
@@ -256,10 +157,11 @@ class Bench:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         store = Path(tempfile.mkdtemp(prefix="training-step-")) / "store"
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-        setting = Setting.of(student)
+        setting = Setting.of(student, precision)
         self.student, self.config = setting.student, setting.config
-        settings = {"lr": 0.0, "weight_decay": 0.0, "clip": 1.0, "zero_stage": 1, "precision": "bf16"}
-        self.engine = WatchedEngine(TrainEngine(self.student, **settings))
+        train = self.config.train
+        settings: dict[str, Any] = {"zero_stage": train.zero_stage, "precision": train.precision}
+        self.engine = WatchedEngine(TrainEngine(self.student, lr=0.0, weight_decay=0.0, clip=1.0, **settings))
         self.batches = batches_of(self.student, self.config, examples(data, QUESTIONS * (rounds + 1)))
         self.judges = {case: self._judge(case) for case in cases if case.startswith("qcrd") and case != "qcrd_no_judge"}
         if "naive" in cases:
@@ -405,56 +307,11 @@ class Bench:
             return ce.sum(1) / (labels != -100).sum(1)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A student with the config that it is trained by.
-
-    Attributes:
-        file: of the preset.
-        embedded: the folder of the embedded SmolLM2, whose tokenizer cuts all texts.
-    """
-
-    student: Any
-    config: Any
-    file: Path
-    embedded: Path
-
-    @classmethod
-    def of(cls, name: str) -> Setting:
-        import torch
-        from transformers import T5Config, T5ForConditionalGeneration
-
-        from qcrd_ray.config import load_config
-        from qcrd_ray.models.embedded import embedded_student
-        from qcrd_ray.models.seq2seq import Seq2SeqStudent
-        from qcrd_ray.models.student import load_student
-        from qcrd_ray.tasks.prompts import StudentTokenizer, load_tokenizer
-
-        torch.manual_seed(0)
-        preset = "smollm2_135m" if name == "smollm2" else name
-        file = Path(__file__).resolve().parents[1] / "jobs" / "configs" / f"{preset}.yaml"
-        config = load_config(
-            file,
-            ["student.model=embedded:smollm2-135m", f"teacher.samples={POSITIVES}", "train.precision=bf16",
-             "judge.encoder=embedded:minilm-l6"],
-        )  # fmt: skip
-        embedded = embedded_student("smollm2-135m")
-        if name == "smollm2":
-            student = load_student(str(embedded), config.student, torch.bfloat16)
-        else:
-            shape = T5Config(**T5_SHAPES[name], vocab_size=T5_VOCABULARY, dropout_rate=0.0, decoder_start_token_id=0)
-            shape._attn_implementation = "sdpa"
-            tokenizer = load_tokenizer(str(embedded), config.student).tokenizer
-            network = T5ForConditionalGeneration(shape)
-            student = Seq2SeqStudent(network, StudentTokenizer(tokenizer, config.student, True))
-        return cls(student, config, file, Path(embedded))
-
-
-def measure(student: str, data: str, rounds: int, cases: Sequence[str]) -> dict[str, Any]:
+def measure(student: str, precision: str, data: str, rounds: int, cases: Sequence[str]) -> dict[str, Any]:
     """{case: {"seconds", "parts", "operations", "tokens", ...}}, medians over rounds."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    bench = Bench(student, data, rounds, cases)
+    bench = Bench(student, precision, data, rounds, cases)
     found: dict[str, list[dict[str, Any]]] = {case: [] for case in cases}
     operations = {}
     for case in cases:  # also the warm-up
@@ -488,19 +345,19 @@ def measure(student: str, data: str, rounds: int, cases: Sequence[str]) -> dict[
     }
 
 
-def peak_memory(student: str, data: str, case: str) -> float:
+def peak_memory(student: str, precision: str, data: str, case: str) -> float:
     """GiB above the libraries, in a process of its own."""
-    command = [sys.executable, __file__, "--one", student, data, case]
+    command = [sys.executable, __file__, "--one", student, precision, data, case]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.strip().splitlines()[-1])
 
 
-def one_case(student: str, data: str, case: str) -> None:
+def one_case(student: str, precision: str, data: str, case: str) -> None:
     from memory import import_everything, status
 
     import_everything()
     idle = status("VmRSS")
-    bench = Bench(student, data, 2, [case])
+    bench = Bench(student, precision, data, 2, [case])
     for number in range(3):
         bench.step(case, number, Parts())
     print((status("VmHWM") - idle) / 2**30)
@@ -528,15 +385,17 @@ def main() -> None:
     parser.add_argument("--student", nargs="+", choices=STUDENTS, default=list(STUDENTS))
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", action="store_true", help="measure the peak memory of each case too")
     parser.add_argument("--quick", action="store_true", help="T5-small on the lengths of CommonsenseQA, three rounds")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--measured", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    precision = arguments.precision
     if arguments.measured:
-        found = measure(arguments.student[0], arguments.data[0], arguments.rounds, arguments.case)
+        found = measure(arguments.student[0], precision, arguments.data[0], arguments.rounds, arguments.case)
         arguments.measured.write_text(json.dumps(found))
         return
     if arguments.one:
@@ -553,11 +412,12 @@ def main() -> None:
             # A process a student and data: what DeepSpeed has set up stays as long as the process.
             with tempfile.NamedTemporaryFile(suffix=".json") as file:
                 command = [sys.executable, __file__, "--measured", file.name, "--student", student, "--data", name]
-                subprocess.run([*command, "--rounds", str(rounds), "--case", *arguments.case], check=True)
+                command += ["--precision", precision, "--rounds", str(rounds), "--case", *arguments.case]
+                subprocess.run(command, check=True)
                 found = json.loads(Path(file.name).read_text())
             if arguments.memory:
                 for case in arguments.case:
-                    found[case]["memory"] = peak_memory(student, name, case)
+                    found[case]["memory"] = peak_memory(student, precision, name, case)
             results[f"{student}/{name}"] = found
             print("\n".join(lines(student, name, found)), flush=True)
     if arguments.json:
