@@ -75,7 +75,9 @@ def _made_up(data: str, number: int, rng: random.Random) -> Example:
     return Example(f"made-up-{number}", question, words(6), rationales[:POSITIVES], rationales[POSITIVES])
 
 
-def batches_of(student: Any, config: Any, found: Sequence[Example]) -> list[tuple[Any, list[Any]]]:
+def batches_of(
+    student: Any, config: Any, found: Sequence[Example], questions: int = QUESTIONS
+) -> list[tuple[Any, list[Any]]]:
     """(batch, the negatives of each of its questions), token ids folded into the student's vocabulary."""
     from qcrd_ray.rationales.streaming import StepBatch, TrainingRow
     from qcrd_ray.sampling.negatives import Negative
@@ -91,21 +93,21 @@ def batches_of(student: Any, config: Any, found: Sequence[Example]) -> list[tupl
         return fold(tokenizer.target(text, limit).ids)
 
     batches = []
-    for step in range(len(found) // QUESTIONS):
-        share, rows, negatives = found[step * QUESTIONS : (step + 1) * QUESTIONS], [], []
+    for step in range(len(found) // questions):
+        share, rows, negatives = found[step * questions : (step + 1) * questions], [], []
         for number, example in enumerate(share):
             positives = [target(text, limits.max_rationale_tokens) for text in example.positives]
             predict, explain = (fold(tokenizer.prompt(kind, example.question)[0]) for kind in (PREDICT, EXPLAIN))
             rows.append(
                 TrainingRow(
-                    row=step * QUESTIONS + number, id=example.id, question=example.question, predict=predict,
+                    row=step * questions + number, id=example.id, question=example.question, predict=predict,
                     explain=explain, label=target(example.label, limits.max_label_tokens), positives=positives,
                     positive_texts=example.positives, minority=[], minority_texts=[], first=positives[0],
                     first_text=example.positives[0], cut_prompts=0, cut_targets=0,
                 )
             )  # fmt: skip
             negatives.append([Negative(target(example.negative, limits.max_rationale_tokens), example.negative, 1)])
-        batches.append((StepBatch(step=step, epoch=0, global_size=QUESTIONS, rows=rows), negatives))
+        batches.append((StepBatch(step=step, epoch=0, global_size=questions, rows=rows), negatives))
     return batches
 
 

@@ -14,8 +14,7 @@ so that a quarter of its negatives are active, without which most of them would 
 
 Cases: `finetune`, `dss`, `qcrd` (the judge a MiniLM of 6 layers), `qcrd_no_judge`; `qcrd_all_active`, every negative
 within the margin; `qcrd_t5_judge`, an encoder of T5-base's shape as the judge; `naive`, QCRD as one would write it
-first: each rationale behind a prompt of its own, all of them with gradients, padded to the longest, the judge on all,
-and negatives generated in the loop by `generate` of transformers, as long as those that the other cases are given.
+first, see naive_step.py, which generates negatives as long as those that the other cases are given.
 
 Parts: `prompt`, the encoder forward, in the choice and in the gradient passes; `choice`, the pass without gradients;
 `gradient`, forward and backward; `judge`, scores, and a share of its update, which falls due once an iteration of
@@ -43,9 +42,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from naive_step import NaiveStep
 from step_data import (
     DATA,
-    POSITIVES,
     PRECISIONS,
     QUESTIONS,
     STUDENTS,
@@ -59,8 +58,6 @@ from step_data import (
 CASES = ("finetune", "dss", "qcrd", "qcrd_no_judge", "qcrd_all_active", "qcrd_t5_judge", "naive")
 PARTS = ("prompt", "choice", "gradient", "judge", "optimizer", "sampling")
 ACTIVE = 0.25
-NAIVE_TOGETHER = 2
-"""Questions whose rationales `naive` takes together; more of them do not fit into memory at T5-base."""
 
 
 # What is measured
@@ -213,7 +210,14 @@ class Bench:
         judge = WatchedJudge(self.judges[case], self.engine) if case in self.judges else None
         begin = time.perf_counter()
         if case == "naive":
-            loss = self._naive(config, batch, negatives, judge)
+            naive = NaiveStep(self.student)
+            with parts.of("sampling"):
+                naive.sample(batch, negatives)
+            with parts.of("judge"):
+                scores = naive.scores(self.judges[case], batch, negatives)
+            with parts.of("gradient"):
+                loss = sum(naive.add_gradients(self.engine, config, batch, negatives, scores))
+            self.engine.step(0.0)
             return {"loss": loss, "seconds": time.perf_counter() - begin}
         losses = train_on_batch(self.engine, config, batch, candidates(config, batch.rows, negatives), judge)
         self.engine.step(0.0)
@@ -233,78 +237,6 @@ class Bench:
         self.judges[case].update(rows, 0.0)
         steps = self.config.train.iteration_steps * self.config.judge.update_interval
         return (time.perf_counter() - begin) / steps
-
-    def _naive(self, config: Any, batch: Any, negatives: list[list[Any]], judge: Any) -> float:
-        """QCRD as one would write it first. Returns the sum of the questions' losses."""
-        import torch
-
-        from qcrd_ray.objectives.contrastive import contrastive_loss
-
-        parts, model, engine = self.engine.parts, self.student.model, self.engine
-        with parts.of("sampling"), torch.no_grad():
-            self.engine.train(False)
-            ids, mask = self._padded([row.explain for row in batch.rows], left=not self.student.is_seq2seq)
-            longest = max(len(row[0].ids) for row in negatives)
-            options = {"do_sample": True, "temperature": 1.5, "top_k": 50, "pad_token_id": self.student.tokenizer.pad}
-            model.generate(
-                input_ids=ids, attention_mask=mask, min_new_tokens=longest, max_new_tokens=longest, **options
-            )
-            self.engine.train(True)
-        with parts.of("judge"):
-            texts = [
-                text for row, n in zip(batch.rows, negatives, strict=True) for text in [*row.positive_texts, n[0].text]
-            ]
-            asked = [row.question for row in batch.rows for _ in range(POSITIVES + 1)]
-            scores = judge.judge.score(asked, texts).reshape(QUESTIONS, POSITIVES + 1)
-        total = 0.0
-        for first in range(0, QUESTIONS, NAIVE_TOGETHER):
-            rows = batch.rows[first : first + NAIVE_TOGETHER]
-            own = negatives[first : first + NAIVE_TOGETHER]
-            prompts = [row.explain for row in rows for _ in range(POSITIVES + 1)]
-            targets = [ids for row, n in zip(rows, own, strict=True) for ids in [*row.positives, n[0].ids]]
-            ce = self._plain(prompts, targets).reshape(len(rows), POSITIVES + 1)
-            label = self._plain([row.predict for row in rows], [row.label for row in rows])
-            score = scores[first : first + NAIVE_TOGETHER].to(ce.device)
-            found = contrastive_loss(
-                ce[:, :POSITIVES], ce[:, POSITIVES:], torch.ones(len(rows), POSITIVES, dtype=torch.bool),
-                torch.ones(len(rows), 1, dtype=torch.bool), score[:, :POSITIVES], score[:, POSITIVES:],
-                beta=config.loss.beta, margin=config.loss.margin, questions=QUESTIONS,
-            )  # fmt: skip
-            weights = config.loss
-            loss = weights.alpha_label * label.sum() / QUESTIONS + weights.alpha_contrastive * found.loss
-            total += float(loss.detach()) * QUESTIONS
-            engine.backward(loss, last=first + NAIVE_TOGETHER >= QUESTIONS)
-        engine.step(0.0)
-        return total
-
-    def _padded(self, rows: Sequence[Sequence[int]], left: bool = False, fill: int | None = None) -> tuple[Any, Any]:
-        import torch
-
-        fill = self.student.tokenizer.pad if fill is None else fill
-        width = max(map(len, rows))
-        gaps = [width - len(row) for row in rows]
-        ids = [[fill] * gap + list(row) if left else [*row, *[fill] * gap] for row, gap in zip(rows, gaps, strict=True)]
-        mask = [[0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap
-                for row, gap in zip(rows, gaps, strict=True)]  # fmt: skip
-        return torch.tensor(ids), torch.tensor(mask)
-
-    def _plain(self, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Any:
-        """Mean cross-entropy of each target behind a prompt of its own, as transformers' models give logits: [N]."""
-        import torch.nn.functional as F
-
-        with self.engine.parts.of("gradient"):
-            if self.student.is_seq2seq:
-                ids, mask = self._padded(prompts)
-                labels, _ = self._padded(targets, fill=-100)
-                logits = self.student.model(input_ids=ids, attention_mask=mask, labels=labels).logits
-            else:
-                ids, mask = self._padded([[*p, *t] for p, t in zip(prompts, targets, strict=True)])
-                behind = [[*[-100] * len(p), *t] for p, t in zip(prompts, targets, strict=True)]
-                labels, _ = self._padded(behind, fill=-100)
-                logits = self.student.model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-                labels = labels[:, 1:]
-            ce = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
-            return ce.sum(1) / (labels != -100).sum(1)
 
 
 def measure(student: str, precision: str, data: str, rounds: int, cases: Sequence[str]) -> dict[str, Any]:
