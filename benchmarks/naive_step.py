@@ -6,18 +6,19 @@ all, and negatives are generated in the loop by `generate`. What the framework's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
-
-TOGETHER = 2
-"""Questions whose rationales are taken together; more of them do not fit into memory at T5-base."""
 
 
 class NaiveStep:
-    """A step of a student whose questions have the same numbers of positives and one negative each."""
+    """A step of a student whose questions have the same numbers of positives and one negative each.
 
-    def __init__(self, student: Any) -> None:
-        self.student = student
+    Args:
+        together: questions whose rationales are taken together; more than two do not fit into memory at T5-base.
+    """
+
+    def __init__(self, student: Any, together: int = 2) -> None:
+        self.student, self.together = student, together
 
     def sample(self, batch: Any, negatives: Sequence[Sequence[Any]]) -> None:
         """Generate as many tokens as the longest negative has."""
@@ -41,33 +42,45 @@ class NaiveStep:
         asked = [row.question for row, own in zip(batch.rows, texts, strict=True) for _ in own]
         return judge.score(asked, [text for own in texts for text in own]).reshape(len(batch.rows), -1)
 
+    def loss(self, config: Any, batch: Any, negatives: Sequence[Sequence[Any]], scores: Any) -> float:
+        """The mean loss of the batch's questions, without gradients."""
+        import torch
+
+        with torch.no_grad():
+            return float(sum(self._losses(config, batch, negatives, scores)))
+
     def add_gradients(
         self, engine: Any, config: Any, batch: Any, negatives: Sequence[Sequence[Any]], scores: Any
-    ) -> list[float]:
-        """Add the gradients of the batch's loss to the engine's step. Returns the parts of its sum over questions."""
+    ) -> float:
+        """Add the gradients of the mean loss of the batch's questions to the engine's step. Returns that mean."""
+        left, total = -(-len(batch.rows) // self.together), 0.0
+        for loss in self._losses(config, batch, negatives, scores):
+            left, total = left - 1, total + float(loss.detach())
+            engine.backward(loss, last=left == 0)
+        return total
+
+    def _losses(self, config: Any, batch: Any, negatives: Sequence[Sequence[Any]], scores: Any) -> Iterator[Any]:
+        """Parts of the mean loss of the batch's questions."""
         import torch
 
         from qcrd_ray.objectives.contrastive import contrastive_loss
 
-        weights, losses, count = config.loss, [], len(batch.rows)
-        for first in range(0, count, TOGETHER):
-            rows, own = batch.rows[first : first + TOGETHER], negatives[first : first + TOGETHER]
+        weights, count = config.loss, len(batch.rows)
+        for first in range(0, count, self.together):
+            rows, own = batch.rows[first : first + self.together], negatives[first : first + self.together]
             targets = [[*row.positives, n[0].ids] for row, n in zip(rows, own, strict=True)]
             prompts = [row.explain for row, found in zip(rows, targets, strict=True) for _ in found]
-            ce = self._ce(engine, prompts, [ids for found in targets for ids in found]).reshape(len(rows), -1)
-            label = self._ce(engine, [row.predict for row in rows], [row.label for row in rows])
-            score = scores[first : first + TOGETHER].to(ce.device)
+            ce = self._ce(prompts, [ids for found in targets for ids in found]).reshape(len(rows), -1)
+            label = self._ce([row.predict for row in rows], [row.label for row in rows])
+            score = scores[first : first + self.together].to(ce.device)
             mask = torch.ones(ce.shape, dtype=torch.bool)
             contrast = contrastive_loss(
                 ce[:, :-1], ce[:, -1:], mask[:, :-1], mask[:, -1:], score[:, :-1], score[:, -1:],
                 beta=weights.beta, margin=weights.margin, questions=count,
             )  # fmt: skip
-            loss = weights.alpha_label * label.sum() / count + weights.alpha_contrastive * contrast.loss
-            losses.append(float(loss.detach()) * count)
-            engine.backward(loss, last=first + TOGETHER >= count)
-        return losses
+            yield weights.alpha_label * label.sum() / count + weights.alpha_contrastive * contrast.loss
 
-    def _ce(self, engine: Any, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Any:
+    def _ce(self, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Any:
         """Mean cross-entropy of each target behind a prompt of its own, as transformers' models give logits: [N]."""
         import torch.nn.functional as F
 

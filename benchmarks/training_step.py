@@ -12,9 +12,10 @@ A round takes a batch of its own through every case, in an order that turns with
 learning rate is 0, so that the weights, and with them what is chosen, stay the same. The margin δ of a batch is set
 so that a quarter of its negatives are active, without which most of them would need no gradient.
 
-Cases: `finetune`, `dss`, `qcrd` (the judge a MiniLM of 6 layers), `qcrd_no_judge`; `qcrd_all_active`, every negative
-within the margin; `qcrd_t5_judge`, an encoder of T5-base's shape as the judge; `naive`, QCRD as one would write it
-first, see naive_step.py, which generates negatives as long as those that the other cases are given.
+Cases: `finetune`, `dss`, `qcrd` (the judge a MiniLM of 6 layers), `qcrd_no_judge`; `qcrd_kept`, a step between those in
+which `train.choice_interval` has positives chosen anew; `qcrd_all_active`, every negative within the margin;
+`qcrd_t5_judge`, an encoder of T5-base's shape as the judge; `naive`, QCRD as one would write it first, see
+naive_step.py, which generates negatives as long as those that the other cases are given.
 
 Parts: `prompt`, the encoder forward, in the choice and in the gradient passes; `choice`, the pass without gradients;
 `gradient`, forward and backward; `judge`, scores, and a share of its update, which falls due once an iteration of
@@ -55,7 +56,7 @@ from step_data import (
     examples,
 )
 
-CASES = ("finetune", "dss", "qcrd", "qcrd_no_judge", "qcrd_all_active", "qcrd_t5_judge", "naive")
+CASES = ("finetune", "dss", "qcrd", "qcrd_no_judge", "qcrd_kept", "qcrd_all_active", "qcrd_t5_judge", "naive")
 PARTS = ("prompt", "choice", "gradient", "judge", "optimizer", "sampling")
 ACTIVE = 0.25
 
@@ -200,6 +201,7 @@ class Bench:
 
     def step(self, case: str, number: int, parts: Parts) -> dict[str, float]:
         """One step of a case on batch `number`. Returns its seconds and counts."""
+        from qcrd_ray.training.kept_choices import KeptChoices
         from qcrd_ray.training.step import candidates, train_on_batch
 
         batch, negatives = self.batches[number]
@@ -208,6 +210,8 @@ class Bench:
         config = self.case_config(case, margin)
         self.engine.parts = parts
         judge = WatchedJudge(self.judges[case], self.engine) if case in self.judges else None
+        kept = KeptChoices(2, QUESTIONS * len(self.batches))
+        kept.keep([row.row for row in batch.rows], [0] * QUESTIONS, 0, QUESTIONS)
         begin = time.perf_counter()
         if case == "naive":
             naive = NaiveStep(self.student)
@@ -216,10 +220,11 @@ class Bench:
             with parts.of("judge"):
                 scores = naive.scores(self.judges[case], batch, negatives)
             with parts.of("gradient"):
-                loss = sum(naive.add_gradients(self.engine, config, batch, negatives, scores))
+                loss = naive.add_gradients(self.engine, config, batch, negatives, scores)
             self.engine.step(0.0)
-            return {"loss": loss, "seconds": time.perf_counter() - begin}
-        losses = train_on_batch(self.engine, config, batch, candidates(config, batch.rows, negatives), judge)
+            return {"loss": loss * len(batch.rows), "seconds": time.perf_counter() - begin}
+        found = candidates(config, batch.rows, negatives)
+        losses = train_on_batch(self.engine, config, batch, found, judge, kept if case == "qcrd_kept" else None)
         self.engine.step(0.0)
         seconds = time.perf_counter() - begin
         return {"tokens": losses.tokens, "active": losses.active, "loss": losses.total, "seconds": seconds}
