@@ -1,19 +1,21 @@
 """How well students learn by each method: the same steps, the same tuning, several seeds, on real questions.
 
-    python benchmarks/accuracy.py --data FOLDER [--only NAME] [--seeds N] [--output runs/accuracy] [key=value ...]
+    python benchmarks/accuracy.py --data FOLDER [--only NAME] [--seeds N] [--output runs/accuracy] [--pieces FOLDER]
+        [key=value ...]
 
-FOLDER holds the benchmark data: `svamp`, `cqa`, `esnli`, each with `train.jsonl` and `valid.jsonl`. A comparison is two
-sweeps. The first trains every method once with every learning rate, for half the steps, from a seed of its own; the
-rate that is best on the validation split is the method's. The second trains every method with its rate and N seeds. The
-student that is reported is the best of its run on the validation split, scored on the test split.
+FOLDER holds the benchmark data: `svamp`, `cqa`, `esnli`, each with `train.jsonl` and `valid.jsonl`. A comparison begins
+with a sweep that trains every method once with every learning rate, for half the steps, from a seed of its own; the
+rate that is best on the validation split is the method's. Then a sweep for each of N seeds trains every method with its
+rate. The student that is reported is the best of its run on the validation split, scored on the test split.
 
 No split of the benchmark was chosen by: FOLDER's `valid.jsonl` is the test split here, and a validation split is taken
 from `train.jsonl` by a hash of the ids. Of SVAMP, questions that this teacher was never asked train nothing in any
 method and are in the test split too.
 
-Whatever ends it, the same command goes on. `OUTPUT/NAME.json` holds what `docs/results.md` shows: means over seeds with
-95 % intervals by Student's t, and for each pair of methods the paired difference: of the two means of a question over
-seeds, its 95 % interval over questions, and the p of a sign-flip test.
+Whatever ends it, the same command goes on, with `--pieces` also where the runs are not: a sweep that has ended is one
+file there. `OUTPUT/NAME.json` holds what `docs/results.md` shows: means over seeds with 95 % intervals by Student's t,
+and for each pair of methods the paired difference: of the two means of a question over seeds, its 95 % interval over
+questions, and the p of a sign-flip test.
 """
 
 from __future__ import annotations
@@ -79,12 +81,15 @@ SCRATCH = (
     "judge.pretrain_steps=100", *TWO_AT_ONCE,
 )  # fmt: skip
 
+SMOLLM2 = (
+    "train.max_steps=40", "train.iteration_steps=5", "train.eval_interval=20", "train.log_interval=5", "negatives.lag=2",
+    "student.max_rationale_tokens=128", "evaluation.max_new_tokens=24", "evaluation.observed=0", "train.precision=fp32",
+    "sampler.precision=fp32", *TWO_AT_ONCE,
+)  # fmt: skip
+
 COMPARISONS = {
     "svamp": Comparison(
-        "svamp", "gpt35turbo-mcckd", 0.12, ("finetune", "dss", "qcrd"), (5e-5, 2e-4), "smollm2_135m.yaml",
-        ("train.max_steps=40", "train.iteration_steps=5", "train.eval_interval=20", "train.log_interval=5",
-         "negatives.lag=2", "student.max_rationale_tokens=128", "evaluation.max_new_tokens=24", "evaluation.observed=0",
-         *TWO_AT_ONCE),
+        "svamp", "gpt35turbo-mcckd", 0.12, ("finetune", "dss", "qcrd"), (5e-5, 2e-4), "smollm2_135m.yaml", SMOLLM2,
         ("train.max_steps=20",),
     ),
     "esnli": Comparison(
@@ -92,10 +97,11 @@ COMPARISONS = {
         ("train.max_steps=400",),
     ),
     "cqa": Comparison(
-        "cqa", "palm540b", 0.05, ("finetune", "dss", "qcrd"), (3e-4, 1e-3), "tiny.yaml", SCRATCH,
-        ("train.max_steps=400",),
+        "cqa", "palm540b", 0.05, ("finetune", "dss", "qcrd"), (5e-5, 2e-4), "smollm2_135m.yaml",
+        (*SMOLLM2, "data.eval_limit=200"), ("train.max_steps=20",),
     ),
 }  # fmt: skip
+"""CommonsenseQA takes a student that knows English: one from scratch writes the same word for every question."""
 
 
 def main() -> None:
@@ -104,6 +110,7 @@ def main() -> None:
     parser.add_argument("--only", choices=COMPARISONS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("runs/accuracy"))
+    parser.add_argument("--pieces", type=Path, help="where finished sweeps are kept, and found by a later start")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -123,14 +130,20 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     base = load_config(file, [*settings, *arguments.overrides])
     brief = load_config(file, [*settings, *comparison.tuning, *arguments.overrides])
     tuned = Axis("method", "method and learning rate", tuple(_choices(comparison.methods, comparison.rates)))
-    _, tuning_rows = run(brief, tuned, "tuning", 1, TUNING_SEED)
+    pieces = arguments.pieces or arguments.output
+    tuning = piece(brief, tuned, TUNING_SEED, pieces / f"{name}-tuning.json")
     rates = {
-        method: max(comparison.rates, key=lambda rate: _valid(tuning_rows, _label(method, rate)))
+        method: max(comparison.rates, key=lambda rate: _valid(tuning, _label(method, rate)))
         for method in comparison.methods
     }
     chosen = Axis("method", "method", tuple(Choice(m, {"method": m, "optim.lr": rates[m]}) for m in rates))
-    final, rows = run(base, chosen, "seeds", arguments.seeds, base.train.seed)
-    answers = {method: right_answers(final, rows, method) for method in comparison.methods}
+    trials = [
+        trial
+        for seed in range(base.train.seed, base.train.seed + arguments.seeds)
+        for trial in piece(base, chosen, seed, pieces / f"{name}-seed-{seed}.json")
+    ]
+    answers = {method: right_answers(trials, method) for method in comparison.methods}
+    rows = [{key: value for key, value in trial.items() if key != "answers"} for trial in trials]
     return {
         "name": name,
         "command": " ".join(
@@ -138,7 +151,7 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         ),
         "config": config_to_yaml(shown(base)),
         "data": counts,
-        "tuning": [{"point": row["point"], "valid": row["valid_accuracy"]} for row in tuning_rows],
+        "tuning": [{"point": row["point"], "valid": row["valid_accuracy"]} for row in tuning],
         "rates": rates,
         "trials": rows,
         "methods": [_method(method, rows) for method in comparison.methods],
@@ -190,17 +203,24 @@ def _read(file: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
-def run(
-    base: ExperimentConfig, axis: Axis, name: str, seeds: int, first_seed: int
-) -> tuple[Plan, list[dict[str, Any]]]:
-    """A sweep, and a row for each of its trials."""
-    base = base.model_copy(update={"train": base.train.model_copy(update={"seed": first_seed})})
-    settings, space = SweepSettings(name=name, seeds=seeds), Space((axis,))
+def piece(base: ExperimentConfig, axis: Axis, seed: int, file: Path) -> list[dict[str, Any]]:
+    """A sweep with one seed, and a row for each of its trials with its `answers`; as `file` has them, where it does."""
+    base = base.model_copy(update={"train": base.train.model_copy(update={"seed": seed})})
+    key = {"config": config_to_yaml(shown(base)), "points": [[c.label, dict(c.settings)] for c in axis.choices]}
+    if file.exists():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if {name: found[name] for name in key} != key:
+            raise SystemExit(f"error: {file} is of another config; give another --pieces or remove it")
+        return list(found["trials"])
+    settings, space = SweepSettings(name=file.stem), Space((axis,))
     result = sweep(settings, base, space)
     if result["failures"]:
         raise SystemExit(f"error: {result['failures'][0]['trial']}: {result['failures'][0]['reason']}")
     plan = Plan(settings, base, space)
-    return plan, [vars(row) | {"last": last_steps(plan.run(row.trial))} for row in plan.rows()]
+    rows = [(vars(row), plan.run(row.trial)) for row in plan.rows()]
+    trials = [row | {"last": last_steps(run), "answers": _answers(run)} for row, run in rows]
+    write_text_atomic(file, json.dumps({**key, "trials": trials}, indent=1) + "\n")
+    return trials
 
 
 def last_steps(run: RunFolder) -> dict[str, float]:
@@ -211,19 +231,20 @@ def last_steps(run: RunFolder) -> dict[str, float]:
     return {key: float(np.mean(found)) for key, found in values.items() if found}
 
 
-def right_answers(plan: Plan, rows: Sequence[Mapping[str, Any]], method: str) -> dict[str, float]:
+def right_answers(trials: Sequence[Mapping[str, Any]], method: str) -> dict[str, float]:
     """For each test question the share of the method's seeds that answer it."""
-    of_seeds = [_answers(plan.run(row["trial"])) for row in rows if row["labels"]["method"] == method]
-    return {key: float(np.mean([answers[key][1] for answers in of_seeds])) for key in of_seeds[0]}
+    of_seeds = [trial["answers"] for trial in trials if trial["labels"]["method"] == method]
+    return {key: float(np.mean([answers[key] for answers in of_seeds])) for key in of_seeds[0]}
 
 
-def _answers(run: RunFolder) -> dict[str, tuple[str, bool]]:
-    """Of the student that the run reports."""
+def _answers(run: RunFolder) -> dict[str, int]:
+    """1 for each question that the student that the run reports answers, 0 for the others."""
     result = run.read_json(RESULT)
     assert result is not None
     split, step = result["accuracy"]["split"], result["accuracy"]["step"]
     [number] = [e["snapshot"] for e in result["evaluations"] if (e["split"], e["step"]) == (split, step)]
-    return read_predictions(run, f"{EVALUATIONS}/{split}-{number:06d}.jsonl")
+    found = read_predictions(run, f"{EVALUATIONS}/{split}-{number:06d}.jsonl")
+    return {key: int(correct) for key, (_, correct) in found.items()}
 
 
 def paired(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:

@@ -16,16 +16,19 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from qcrd_ray.config import config_to_yaml, load_config
+from qcrd_ray.config import ExperimentConfig, config_to_yaml, load_config
 from qcrd_ray.run_folder import write_text_atomic
+from qcrd_ray.seeding import stable_hash
 from qcrd_ray.sweeps.driver import sweep
 from qcrd_ray.sweeps.plan import Plan
 from qcrd_ray.sweeps.settings import SweepSettings
-from qcrd_ray.sweeps.space import Space
+from qcrd_ray.sweeps.space import Axis, Choice, Point, Space, configure
+from qcrd_ray.sweeps.summary import TrialRow, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tune"))
@@ -51,32 +54,53 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    for name in arguments.only:
-        found = table(name, arguments)
-        write_text_atomic(arguments.output / f"{name}.json", json.dumps(found, indent=1) + "\n")
+    for found in tables(arguments.only, arguments):
+        write_text_atomic(arguments.output / f"{found['name']}.json", json.dumps(found, indent=1) + "\n")
         print("\n".join(lines_of(found)), flush=True)
 
 
-def table(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    place = arguments.output.absolute()
+def tables(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One sweep over the points of all tables, each once, whatever tables it is in; what it says of each table."""
     base = load_config(
-        ROOT / "jobs" / "configs" / "tiny.yaml", [*SETTINGS, f"run.storage_path={place}", *arguments.overrides]
+        ROOT / "jobs" / "configs" / "tiny.yaml",
+        [*SETTINGS, f"run.storage_path={arguments.output.absolute()}", *arguments.overrides],
     )
-    settings, space = SweepSettings(name=name, seeds=arguments.seeds), Space(SPACES[name])
-    result = sweep(settings, base, space)
+    spaces = {name: Space(SPACES[name]) for name in names}
+    choices: dict[int, Choice] = {}
+    for name, space in spaces.items():
+        for point in space.grid():
+            choices.setdefault(
+                identity(base, point), Choice(f"{name}, {point}", point.settings, pretrained=point.pretrained)
+            )
+    settings = SweepSettings(name="+".join(names), seeds=arguments.seeds)
+    union = Space((Axis("point", "a point of any table", tuple(choices.values())),))
+    result = sweep(settings, base, union)
     if result["failures"]:
         raise SystemExit(f"error: {result['failures'][0]['trial']}: {result['failures'][0]['reason']}")
-    rows = [vars(row) for row in Plan(settings, base, space).rows()]
-    return {
-        "name": name,
-        "source": SPACES[name][0].source,
-        "title": " × ".join(axis.title for axis in SPACES[name]),
-        "command": " ".join(["python", "benchmarks/paper_tables.py", *sys.argv[1:]]),
-        "config": config_to_yaml(base.model_copy(update={"run": type(base.run)()})),
-        "default": result["default"],
-        "points": result["points"],
-        "trials": rows,
-    }
+    by_label: dict[str, list[TrialRow]] = {}
+    for row in Plan(settings, base, union).rows():
+        by_label.setdefault(row.labels["point"], []).append(row)
+    for name, space in spaces.items():
+        points, default = space.grid(), space.default(base)
+        rows = [
+            replace(row, point=str(point), labels=point.labels)
+            for point in points
+            for row in by_label[choices[identity(base, point)].label]
+        ]
+        yield {
+            "name": name,
+            "source": SPACES[name][0].source,
+            "title": " × ".join(axis.title for axis in SPACES[name]),
+            "command": " ".join(["python", "benchmarks/paper_tables.py", *sys.argv[1:]]),
+            "config": config_to_yaml(base.model_copy(update={"run": type(base.run)()})),
+            "default": default.labels if default else None,
+            "points": [asdict(point) for point in summarise(points, rows, default)],
+            "trials": [asdict(row) for row in rows],
+        }
+
+
+def identity(base: ExperimentConfig, point: Point) -> int:
+    return stable_hash(configure(base, point.settings).identity(), point.pretrained)
 
 
 def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
