@@ -23,11 +23,10 @@ from typing import Any
 
 from qcrd_ray.config import ExperimentConfig, config_to_yaml, load_config
 from qcrd_ray.run_folder import write_text_atomic
-from qcrd_ray.seeding import stable_hash
 from qcrd_ray.sweeps.driver import sweep
 from qcrd_ray.sweeps.plan import Plan
 from qcrd_ray.sweeps.settings import SweepSettings
-from qcrd_ray.sweeps.space import Axis, Choice, Point, Space, configure
+from qcrd_ray.sweeps.space import Axis, Choice, Point, Space
 from qcrd_ray.sweeps.summary import TrialRow, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +65,7 @@ def tables(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[dict
         [*SETTINGS, f"run.storage_path={arguments.output.absolute()}", *arguments.overrides],
     )
     spaces = {name: Space(SPACES[name]) for name in names}
-    choices: dict[int, Choice] = {}
+    choices: dict[str, Choice] = {}
     for name, space in spaces.items():
         for point in space.grid():
             choices.setdefault(
@@ -99,8 +98,11 @@ def tables(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[dict
         }
 
 
-def identity(base: ExperimentConfig, point: Point) -> int:
-    return stable_hash(configure(base, point.settings).identity(), point.pretrained)
+def identity(base: ExperimentConfig, point: Point) -> str:
+    """The same for points that differ from the base config in the same."""
+    flat = base.flat()
+    differing = {key: value for key, value in point.settings.items() if flat[key] != value}
+    return json.dumps([differing, point.pretrained], sort_keys=True)
 
 
 def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
