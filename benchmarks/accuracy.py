@@ -84,7 +84,7 @@ SCRATCH = (
 SMOLLM2 = (
     "train.max_steps=40", "train.iteration_steps=5", "train.eval_interval=20", "train.log_interval=5",
     "negatives.lag=2", "student.max_rationale_tokens=128", "evaluation.max_new_tokens=24", "evaluation.observed=0",
-    "train.precision=fp32", "sampler.precision=fp32", *TWO_AT_ONCE,
+    "train.precision=fp32", "sampler.precision=fp32", "sampler.kv_cache_gib=0.6", *TWO_AT_ONCE,
 )  # fmt: skip
 
 COMPARISONS = {

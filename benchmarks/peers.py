@@ -256,7 +256,7 @@ def main() -> None:
         "--student", nargs="+", choices=("t5_small", "t5_base", "smollm2"), default=["t5_base", "smollm2"]
     )
     parser.add_argument("--data", nargs="+", choices=("svamp", "cqa"), default=["svamp"])
-    parser.add_argument("--precision", nargs="+", choices=tuple(SUFFIXES), default=["bf16"])
+    parser.add_argument("--precision", nargs="+", choices=tuple(SUFFIXES), help="default: the faster on this machine")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12, help="that count; two more come first")
     parser.add_argument("--environments", type=Path, default=Path("runs/peers"))
@@ -270,11 +270,14 @@ def main() -> None:
         run = next((run for name, run in peers.items() if case.startswith(name)), None)
         print(run(job, case) if run else ours(job, precision))
         return
+    from qcrd_ray.hardware import cpu_gains_by_bf16
+
+    precisions = arguments.precision or ["bf16" if cpu_gains_by_bf16() else "fp32"]
     arguments.environments = arguments.environments.absolute()
     results: dict[str, Any] = {}
     for student in arguments.student:
         for data in arguments.data:
-            for precision in arguments.precision:
+            for precision in precisions:
                 found = compare(student, data, precision, arguments)
                 results[f"{student}/{data}/{precision}"] = found
                 print(f"\n{student}, {data}, {precision}: real tokens a second, median (least to greatest)")
