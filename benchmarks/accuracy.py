@@ -12,9 +12,9 @@ No split of the benchmark was chosen by: FOLDER's `valid.jsonl` is the test spli
 from `train.jsonl` by a hash of the ids. Of SVAMP, questions that this teacher was never asked train nothing in any
 method and are in the test split too.
 
-Whatever ends it, the same command goes on, with `--pieces` also where the runs are not: a sweep that has ended is one
-file there. `OUTPUT/NAME.json` holds what `docs/results.md` shows: means over seeds with 95 % intervals by Student's t,
-and for each pair of methods the paired difference: of the two means of a question over seeds, its 95 % interval over
+Whatever ends it, the same command goes on, with `--pieces` also where the runs are not: what has ended is kept there, a
+file a sweep. `OUTPUT/NAME.json` holds what `docs/results.md` shows: means over seeds with 95 % intervals by Student's
+t, and for each pair of methods the paired difference: of the two means of a question over seeds, its 95 % interval over
 questions, and the p of a sign-flip test.
 """
 
@@ -25,7 +25,7 @@ import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from qcrd_ray.sweeps.plan import Plan
 from qcrd_ray.sweeps.settings import SweepSettings
 from qcrd_ray.sweeps.space import Axis, Choice, Space
 from qcrd_ray.sweeps.summary import mean_and_interval
+from qcrd_ray.sweeps.trial import FINISHED
 
 ROOT = Path(__file__).resolve().parents[1]
 TUNING_SEED = 100
@@ -204,23 +205,36 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 
 def piece(base: ExperimentConfig, axis: Axis, seed: int, file: Path) -> list[dict[str, Any]]:
-    """A sweep with one seed, and a row for each of its trials with its `answers`; as `file` has them, where it does."""
+    """A row for each choice of the axis with one seed, with its `answers`: as `file` has them, else by a sweep.
+
+    Whatever ends the sweep, the file has the trials that had ended well.
+    """
     base = base.model_copy(update={"train": base.train.model_copy(update={"seed": seed})})
-    key = {"config": config_to_yaml(shown(base)), "points": [[c.label, dict(c.settings)] for c in axis.choices]}
-    if file.exists():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if {name: found[name] for name in key} != key:
-            raise SystemExit(f"error: {file} is of another config; give another --pieces or remove it")
-        return list(found["trials"])
-    settings, space = SweepSettings(name=file.stem), Space((axis,))
-    result = sweep(settings, base, space)
-    if result["failures"]:
-        raise SystemExit(f"error: {result['failures'][0]['trial']}: {result['failures'][0]['reason']}")
-    plan = Plan(settings, base, space)
-    rows = [(vars(row), plan.run(row.trial)) for row in plan.rows()]
-    trials = [row | {"last": last_steps(run), "answers": _answers(run)} for row, run in rows]
-    write_text_atomic(file, json.dumps({**key, "trials": trials}, indent=1) + "\n")
-    return trials
+    config = config_to_yaml(shown(base))
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"config": config, "trials": []}
+    if found["config"] != config:
+        raise SystemExit(f"error: {file} is of another config; give another --pieces or remove it")
+    trials = {trial["labels"][axis.name]: trial for trial in found["trials"]}
+    settings = {choice.label: dict(choice.settings) for choice in axis.choices}
+    missing = tuple(c for c in axis.choices if trials.get(c.label, {}).get("settings") != settings[c.label])
+    if missing:
+        options, space = SweepSettings(name=file.stem), Space((replace(axis, choices=missing),))
+        plan = Plan(options, base, space)
+        try:
+            sweep(options, base, space)
+        finally:
+            for row in plan.rows():
+                label, run = row.labels[axis.name], plan.run(row.trial)
+                if row.status == FINISHED:
+                    more = {"settings": settings[label], "last": last_steps(run), "answers": _answers(run)}
+                    trials[label] = vars(row) | more
+            kept = [trials[choice.label] for choice in axis.choices if choice.label in trials]
+            write_text_atomic(file, json.dumps({"config": config, "trials": kept}, indent=1) + "\n")
+        if len(kept) < len(axis.choices):
+            raise SystemExit(
+                f"error: {plan.folder}: {len(axis.choices) - len(kept)} trials failed; see its outcomes.json"
+            )
+    return [trials[choice.label] for choice in axis.choices]
 
 
 def last_steps(run: RunFolder) -> dict[str, float]:
