@@ -111,7 +111,11 @@ def main() -> None:
     parser.add_argument("--only", choices=COMPARISONS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("runs/accuracy"))
-    parser.add_argument("--pieces", type=Path, help="where finished sweeps are kept, and found by a later start")
+    parser.add_argument(
+        "--pieces",
+        type=Path,
+        help="where trials that have ended are kept, and found by a later start; default: --output",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -214,9 +218,10 @@ def piece(base: ExperimentConfig, axis: Axis, seed: int, file: Path) -> list[dic
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"config": config, "trials": []}
     if found["config"] != config:
         raise SystemExit(f"error: {file} is of another config; give another --pieces or remove it")
-    trials = {trial["labels"][axis.name]: trial for trial in found["trials"]}
     settings = {choice.label: dict(choice.settings) for choice in axis.choices}
-    missing = tuple(c for c in axis.choices if trials.get(c.label, {}).get("settings") != settings[c.label])
+    labelled = {trial["labels"][axis.name]: trial for trial in found["trials"]}
+    trials = {label: trial for label, trial in labelled.items() if trial["settings"] == settings.get(label)}
+    missing = tuple(choice for choice in axis.choices if choice.label not in trials)
     if missing:
         options, space = SweepSettings(name=file.stem), Space((replace(axis, choices=missing),))
         plan = Plan(options, base, space)

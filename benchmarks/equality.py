@@ -29,9 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from naive_step import NaiveStep
-from step_data import DATA, STUDENTS, Setting, batches_of, examples
-
-ACTIVE = 0.25
+from step_data import ACTIVE, DATA, STUDENTS, Setting, batches_of, examples, margin_of
 
 
 def compare(name: str, data: str, steps: int, questions: int, lr: float) -> dict[str, Any]:
@@ -48,7 +46,9 @@ def compare(name: str, data: str, steps: int, questions: int, lr: float) -> dict
     engines = {way: TrainEngine(step.student, **settings) for way, step in naive.items()}
     engine, same = TrainEngine(student, **settings), NaiveStep(student)
     batches = batches_of(student, config, examples(data, questions * steps), questions)
-    config = config.model_copy(update={"method": "qcrd", "loss": _loss(config, engine, batches[: 16 // questions])})
+    margin = margin_of(engine, batches[: -(-16 // questions)], ACTIVE)
+    loss = config.loss.model_copy(update={"margin": margin})
+    config = config.model_copy(update={"method": "qcrd", "loss": loss})
 
     losses: dict[str, list[float]] = {"ours": [], "same weights": [], "naive": [], "again": []}
     active = 0
@@ -71,20 +71,6 @@ def compare(name: str, data: str, steps: int, questions: int, lr: float) -> dict
         "active": active / (questions * steps),
         "lr": lr,
     }
-
-
-def _loss(config: Any, engine: Any, batches: Sequence[Any]) -> Any:
-    """The loss's settings with the margin within which a share of the batches' negatives lie."""
-    import torch
-
-    engine.train(False)
-    with torch.no_grad():
-        ce = [
-            engine.module.rationale_ce([row.explain for row in batch.rows], [[n.ids for n in row] for row in negatives])
-            for batch, negatives in batches
-        ]
-    engine.train(True)
-    return config.loss.model_copy(update={"margin": float(torch.quantile(torch.cat(ce).flatten(), ACTIVE))})
 
 
 def _greatest(a: Sequence[float], b: Sequence[float]) -> float:

@@ -23,6 +23,8 @@ STUDENTS = (*T5_SHAPES, "smollm2")
 DATA = ("svamp", "cqa")
 PRECISIONS = ("auto", "bf16", "fp32")
 QUESTIONS, POSITIVES = 8, 5
+ACTIVE = 0.25
+"""Share of the negatives within the margin."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,23 @@ def batches_of(
             negatives.append([Negative(target(example.negative, limits.max_rationale_tokens), example.negative, 1)])
         batches.append((StepBatch(step=step, epoch=0, global_size=questions, rows=rows), negatives))
     return batches
+
+
+def margin_of(engine: Any, batches: Sequence[tuple[Any, list[Any]]], share: float) -> float:
+    """δ within which `share` of the batches' negatives lie, for the student of an engine."""
+    import torch
+
+    engine.train(False)
+    ordered: list[float] = []
+    with torch.no_grad():
+        for batch, negatives in batches:
+            prompts = [row.explain for row in batch.rows]
+            ce = engine.module.rationale_ce(prompts, [[n.ids for n in row] for row in negatives])
+            ordered += ce.flatten().tolist()
+    engine.train(True)
+    ordered.sort()
+    active = round(share * len(ordered))
+    return ordered[-1] + 1.0 if active == len(ordered) else (ordered[active - 1] + ordered[active]) / 2
 
 
 def batches_of_ids(steps: Sequence[Sequence[dict[str, list[int]]]]) -> Iterator[Any]:

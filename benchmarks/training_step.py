@@ -45,6 +45,7 @@ from typing import Any
 
 from naive_step import NaiveStep
 from step_data import (
+    ACTIVE,
     DATA,
     PRECISIONS,
     QUESTIONS,
@@ -54,11 +55,11 @@ from step_data import (
     Setting,
     batches_of,
     examples,
+    margin_of,
 )
 
 CASES = ("finetune", "dss", "qcrd", "qcrd_no_judge", "qcrd_kept", "qcrd_all_active", "qcrd_t5_judge", "naive")
 PARTS = ("prompt", "choice", "gradient", "judge", "optimizer", "sampling")
-ACTIVE = 0.25
 
 
 # What is measured
@@ -185,20 +186,6 @@ class Bench:
         judge = self.config.judge.model_copy(update={"enabled": case in self.judges})
         return self.config.model_copy(update={"method": method, "loss": loss, "judge": judge})
 
-    def margin(self, batch: Any, negatives: list[list[Any]], share: float) -> float:
-        """δ within which `share` of the batch's negatives lie."""
-        import torch
-
-        self.engine.train(False)
-        with torch.no_grad():
-            values = self.student.rationale_ce(
-                [row.explain for row in batch.rows], [[n.ids for n in row] for row in negatives]
-            )
-        self.engine.train(True)
-        ordered = sorted(values.flatten().tolist())
-        active = round(share * len(ordered))
-        return ordered[-1] + 1.0 if active == len(ordered) else (ordered[active - 1] + ordered[active]) / 2
-
     def step(self, case: str, number: int, parts: Parts) -> dict[str, float]:
         """One step of a case on batch `number`. Returns its seconds and counts."""
         from qcrd_ray.training.kept_choices import KeptChoices
@@ -206,7 +193,7 @@ class Bench:
 
         batch, negatives = self.batches[number]
         self.engine.parts = Parts()
-        margin = self.margin(batch, negatives, 1.0 if case == "qcrd_all_active" else ACTIVE)
+        margin = margin_of(self.engine, [self.batches[number]], 1.0 if case == "qcrd_all_active" else ACTIVE)
         config = self.case_config(case, margin)
         self.engine.parts = parts
         judge = WatchedJudge(self.judges[case], self.engine) if case in self.judges else None
