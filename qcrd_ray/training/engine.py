@@ -7,8 +7,10 @@ name (weights in fp32, Adam's two moments) and given back to any stage and any n
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +21,19 @@ from qcrd_ray.config import TrainConfig
 from qcrd_ray.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def import_deepspeed() -> ModuleType:
+    """DeepSpeed, without mlflow: its autotuner, which nothing here uses, imports that where it is installed, in seconds."""
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # an import of it fails, as where it is missing
+    try:
+        import deepspeed
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
+    return deepspeed
 
 
 class TrainEngine:
@@ -39,8 +54,7 @@ class TrainEngine:
         precision: str,
         overrides: Mapping[str, Any] | None = None,
     ) -> None:
-        import deepspeed
-
+        deepspeed = import_deepspeed()
         # With bf16 the fp32 master weights live in ZeRO's optimizer; stage 0 has none, and stage 1 on one worker is it.
         self.stage = max(1, zero_stage) if precision == "bf16" else zero_stage
         self.module = module.to(torch.bfloat16 if precision == "bf16" else torch.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Iterator
 
 from qcrd_ray.config import ExperimentConfig
@@ -14,17 +13,9 @@ from qcrd_ray.run_folder import FIXED_STUDENT, INITIAL_JUDGE, MANIFEST, SCRATCH_
 from qcrd_ray.sampling.snapshot import DESCRIPTION
 from qcrd_ray.tasks.prompts import load_tokenizer
 
-_ONE_AT_A_TIME = threading.Lock()
-"""torch's random generator is the process's own, and transformers' imports in two threads at once fail."""
-
 
 def write_models(config: ExperimentConfig, run: RunFolder) -> None:
     """What workers and samplers start from, written once so that all of them start from the same."""
-    with _ONE_AT_A_TIME:
-        _write_models(config, run)
-
-
-def _write_models(config: ExperimentConfig, run: RunFolder) -> None:
     source = config.student.model
     if source.startswith("scratch:") and not run.has_folder(SCRATCH_STUDENT):
         from qcrd_ray.models.scratch import write_scratch

@@ -15,8 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qcrd_ray.config import ExperimentConfig
-from qcrd_ray.errors import UserError, first_line
-from qcrd_ray.models.discriminator import Discriminator
+from qcrd_ray.errors import UserError, last_line
 from qcrd_ray.rationales.schema import OBSERVATIONS
 from qcrd_ray.rationales.self_consistency import RationaleSet, build_rationale_set
 from qcrd_ray.rationales.sources import read_rows
@@ -30,12 +29,13 @@ logger = logging.getLogger(__name__)
 
 ROWS_READ = 2_000
 """Of a held-out split, in search of the teacher's samples of the questions that are observed."""
-SCORED_TOGETHER = 64
 
 Row = dict[str, Any]
 
 
-def observe(config: ExperimentConfig, run: RunFolder, service: Any, snapshot: int, split: str, stop: Stop) -> None:
+def observe(
+    config: ExperimentConfig, run: RunFolder, service: Any, models: Any, snapshot: int, split: str, stop: Stop
+) -> None:
     """Write `observations/rationales.parquet`: once, before the samplers are closed.
 
     The run has its students and its accuracies by then, so whatever fails here is logged and nothing more.
@@ -45,6 +45,7 @@ def observe(config: ExperimentConfig, run: RunFolder, service: Any, snapshot: in
 
     Args:
         service: handle of the SamplingService.
+        models: handle of the ModelProcess.
         snapshot: of the student that the run keeps.
         split: of the questions that are observed, the first ones.
     """
@@ -52,12 +53,12 @@ def observe(config: ExperimentConfig, run: RunFolder, service: Any, snapshot: in
         return
     try:
         rows = [*_of_student(config, run, service, snapshot, split, stop), *the_teacher_s(config, run, split)]
-        _score(config, run, rows, stop)
+        _score(config, run, models, rows, stop)
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows, schema=OBSERVATIONS), sink)
         run.write(OBSERVATIONS_FILE, sink.getvalue().to_pybytes())
     except Exception as error:  # of an engine, a discriminator, a source that is gone: the result is worth more
-        logger.warning("no rationales are kept for the report: %s", first_line(error))
+        logger.warning("no rationales are kept for the report: %s", last_line(error))
 
 
 def temperatures(config: ExperimentConfig) -> list[float]:
@@ -129,16 +130,11 @@ def _row(split: str, id_: str, question: str, kind: str, text: str, temperature:
     }
 
 
-def _score(config: ExperimentConfig, run: RunFolder, rows: list[Row], stop: Stop) -> None:
+def _score(config: ExperimentConfig, run: RunFolder, models: Any, rows: list[Row], stop: Stop) -> None:
     """Give rows with a rationale the discriminator's scores, where the run has one."""
     if not run.has_folder(JUDGE):
         return
-    discriminator = Discriminator.load(run.get_folder(JUDGE, check=False))
     scored = [row for row in rows if row["rationale"]]
-    for first in range(0, len(scored), SCORED_TOGETHER):
-        stop.check()
-        some = scored[first : first + SCORED_TOGETHER]
-        questions, texts = [row["question"] for row in some], [row["rationale"] for row in some]
-        scores = discriminator.score(questions, texts, config.train.tokens_per_pass).tolist()
-        for row, score in zip(some, scores, strict=True):
-            row["score"] = score
+    questions, texts = [row["question"] for row in scored], [row["rationale"] for row in scored]
+    for row, score in zip(scored, stop.get(models.score.remote(config, run, questions, texts)), strict=True):
+        row["score"] = score

@@ -33,10 +33,10 @@ from qcrd_ray.sampling.teacher import Prepared, failures_message, prepare_tables
 from qcrd_ray.sampling.teacher_pool import Plan, Totals
 from qcrd_ray.training.checkpoint import newest_progress
 from qcrd_ray.training.checks import check, open_run
-from qcrd_ray.training.export import export
 from qcrd_ray.training.fit import fit
-from qcrd_ray.training.initial_models import uses_judge, write_models
+from qcrd_ray.training.initial_models import uses_judge
 from qcrd_ray.training.loop import WorkerSpec
+from qcrd_ray.training.model_process import model_process
 from qcrd_ray.training.observations import observe
 from qcrd_ray.training.outcome import evaluate, held_out, reported_split, result_of
 from qcrd_ray.training.placement import placed, sampler_place, train_settings
@@ -81,12 +81,13 @@ def _train(config: ExperimentConfig, run: RunFolder, stop: Stop) -> dict[str, An
         display = ProgressDisplay(run, config)
         with session(config):
             display.stage("tables")
+            models = model_process()
             prepared = _tables(config, run, progress is not None, stop)
             counts = prepared.counts
             stop.check()
             run.write(CONFIG, config_to_yaml(config))
             display.counts(counts)
-            write_models(config, run)
+            ray.get(models.write_models.remote(config, run))
             stop.check()
             display.stage("samplers")
             with (
@@ -102,11 +103,11 @@ def _train(config: ExperimentConfig, run: RunFolder, stop: Stop) -> dict[str, An
                 fit(config, run, WorkerSpec(config, run, service, lock.token, uses_judge(config)), group, stop)
                 display.stage("evaluation")
                 outcome = evaluate(config, run, counts, service, before, examples_before, stop)
-                observe(config, run, service, outcome.snapshot, reported_split(counts), stop)
+                observe(config, run, service, models, outcome.snapshot, reported_split(counts), stop)
                 statistics = ray.get(service.statistics.remote())
             seconds = time.perf_counter() - begin
             result = result_of(config, run, prepared, outcome, statistics, resumed_from, seconds)
-            export(config, run, outcome.snapshot, result)
+            ray.get(models.export.remote(config, run, outcome.snapshot, result))
             run.write(RESULT, result_line(result) + "\n")
             _report(run)
     run.clear_cache()

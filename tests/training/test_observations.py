@@ -85,7 +85,7 @@ def test_what_fails_is_logged_and_costs_no_run(tmp_path: Path, caplog: pytest.Lo
     config, run = prepared(tmp_path)
     (tmp_path / "run" / "data" / "valid.arrow").unlink()
     with caplog.at_level(logging.WARNING):
-        observe(config, run, None, 1, "valid", Stop())
+        observe(config, run, None, None, 1, "valid", Stop())
     assert "no rationales are kept for the report" in caplog.text and "valid.arrow" in caplog.text
     assert not run.exists(OBSERVATIONS_FILE)
 
@@ -95,5 +95,5 @@ def test_nothing_is_asked_for_where_nothing_is_to_be_observed(
     override: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config, run = prepared(tmp_path, override)
-    observe(config, run, None, 1, "valid", Stop())
+    observe(config, run, None, None, 1, "valid", Stop())
     assert caplog.text == "" and not run.exists(OBSERVATIONS_FILE)
