@@ -133,7 +133,8 @@ class _BlocksAhead:
                 self._room.acquire()
                 if self._closed:
                     return
-                for bundle in _dataset(self._spec, steps).iter_internal_ref_bundles():
+                first = steps is self._windows[0]
+                for bundle in _dataset(self._spec, steps, 1 if first else None).iter_internal_ref_bundles():
                     for block in bundle.block_refs:
                         ray.wait([block], timeout=0)  # a block of another node sets out for this one
                         self._found.put(block)
@@ -144,14 +145,20 @@ class _BlocksAhead:
             self._found.put(error)
 
 
-def _dataset(spec: StreamSpec, steps: range) -> Any:
-    """A block for every few steps."""
+def _dataset(spec: StreamSpec, steps: range, at_once: int | None) -> Any:
+    """A block for every few steps.
+
+    Args:
+        at_once: tasks that read at a time, None for as many as there is room for. Each may take a new process, which
+            imports for seconds; while training starts, whose imports need the same cores, one has to do.
+    """
     import ray.data
 
     dataset = ray.data.read_datasource(
         _steps_source(spec, steps.start, steps.stop),
         override_num_blocks=-(-len(steps) // STEPS_PER_BLOCK),
         num_cpus=DATA_CPUS,
+        concurrency=at_once,
     )
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False

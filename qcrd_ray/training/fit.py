@@ -35,16 +35,16 @@ def fit(config: ExperimentConfig, run: RunFolder, spec: WorkerSpec, group: Place
         KeyboardInterrupt: it was asked to end.
     """
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-    from ray.train.torch import TorchTrainer
 
     from qcrd_ray.training.process_group import ProcessGroupConfig
+    from qcrd_ray.training.torch_trainer import LeanTrainer
 
     gpu = config.train.gpus_per_worker > 0
     resources = {"CPU": config.train.cpus_per_worker}
     if gpu:
         resources["GPU"] = config.train.gpus_per_worker
     with tempfile.TemporaryDirectory(prefix="qcrd_ray-train-", ignore_cleanup_errors=True) as folder:
-        trainer = TorchTrainer(
+        trainer = LeanTrainer(
             _train_loop,
             train_loop_config={"spec": spec},
             scaling_config=ScalingConfig(num_workers=config.train.workers, use_gpu=gpu, resources_per_worker=resources),
