@@ -24,7 +24,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def import_deepspeed() -> ModuleType:
-    """DeepSpeed, without mlflow: its autotuner, which nothing here uses, imports that where it is installed, in seconds."""
+    """DeepSpeed. Its autotuner, which nothing here uses, imports mlflow where it is installed, and takes seconds."""
     hidden = "mlflow" not in sys.modules
     if hidden:
         sys.modules["mlflow"] = None  # type: ignore[assignment]  # an import of it fails, as where it is missing

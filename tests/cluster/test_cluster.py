@@ -1,4 +1,4 @@
-"""Training on a head and three workers, placed by label: nodes of one address, and nodes of one address each."""
+"""Training on a head and three workers, placed by label. Each has an address of its own where that can be."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,15 +58,14 @@ class Nodes:
         return found
 
 
-def check_training(nodes: Nodes, folder: Path) -> None:
-    """A run trains to its end where its labels say."""
+def test_workers_and_samplers_are_placed_by_label_and_find_each_other(nodes: Nodes, tmp_path: Path) -> None:
     expected = {
         "head": {},
         "train-1": {"RayTrainWorker": 1},
         "train-2": {"RayTrainWorker": 1},
         "sample": {"Sampler": 2},
     }
-    with nodes.run(folder, *SETTINGS) as run:
+    with nodes.run(tmp_path, *SETTINGS) as run:
         run.until(lambda: nodes.placed() == expected)
         result = run.wait()
     assert result["steps"] == STEPS
@@ -74,10 +73,9 @@ def check_training(nodes: Nodes, folder: Path) -> None:
     audit(run.folder)
 
 
-def check_no_room(nodes: Nodes, folder: Path) -> None:
-    """What the cluster cannot hold ends with the line that says what was asked for and what there is."""
+def test_what_has_no_room_ends_with_what_was_asked_for_and_what_there_is(nodes: Nodes, tmp_path: Path) -> None:
     begin = time.monotonic()
-    with nodes.run(folder, *SETTINGS, "train.workers=3", "run.placement_timeout_s=5") as run:
+    with nodes.run(tmp_path, *SETTINGS, "train.workers=3", "run.placement_timeout_s=5") as run:
         run.wait(code=2)
     last = run.said.strip().splitlines()[-1]
     assert last.startswith(
@@ -92,7 +90,21 @@ def check_no_room(nodes: Nodes, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    try:
+        network = Network()
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"no network namespaces here: {error} {getattr(error, 'stderr', None) or ''}".rstrip())
+        with one_address() as nodes:
+            yield nodes
+    else:
+        with network, own_addresses(network, tmp_path_factory.mktemp("nodes")) as nodes:
+            yield nodes
+
+
+@contextmanager
 def one_address() -> Iterator[Nodes]:
+    """All nodes on this machine's address."""
     from ray.cluster_utils import Cluster
 
     before = os.environ.get("RAY_AUTH_MODE")
@@ -114,28 +126,24 @@ def one_address() -> Iterator[Nodes]:
             os.environ["RAY_AUTH_MODE"] = before
 
 
-def test_workers_and_samplers_are_placed_by_label(one_address: Nodes, tmp_path: Path) -> None:
-    check_training(one_address, tmp_path)
-
-
-def test_too_few_resources_are_said(one_address: Nodes, tmp_path: Path) -> None:
-    check_no_room(one_address, tmp_path)
-
-
 class Network:
-    """A network namespace for every node, each with an address of its own, on one bridge."""
+    """A network namespace for every node, each with an address of its own, on one bridge.
+
+    Raises:
+        OSError, subprocess.SubprocessError: none can be made here.
+    """
 
     def __init__(self) -> None:
         self.name = f"q{secrets.token_hex(2)}"
         self.net = f"10.77.{secrets.randbelow(256)}"
         self.namespaces: dict[str, str] = {}
-
-    def __enter__(self) -> Network:
         try:
             self._make()
-        except (OSError, subprocess.SubprocessError) as error:
+        except BaseException:
             self.__exit__()
-            pytest.skip(f"no network namespaces here: {error} {getattr(error, 'stderr', None) or ''}".rstrip())
+            raise
+
+    def __enter__(self) -> Network:
         return self
 
     def _make(self) -> None:
@@ -180,39 +188,33 @@ def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=30)
 
 
-@pytest.fixture(scope="module")
-def own_addresses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    if shutil.which("ip") is None:
-        pytest.skip("no command ip here")
-    logs = tmp_path_factory.mktemp("nodes")
+@contextmanager
+def own_addresses(network: Network, logs: Path) -> Iterator[Nodes]:
     temp = Path("/tmp") / f"qcrd-{secrets.token_hex(3)}"  # paths of sockets may have about a hundred characters
     starts: list[subprocess.Popen[bytes]] = []
-    with Network() as network:
-        head = f"{network.address('head')}:6379"
-        try:
-            raylets = {}
-            for name, (cpus, pool) in NODES.items():
-                place = (
-                    ["--head", "--port=6379", "--include-dashboard=false"] if name == "head" else [f"--address={head}"]
-                )
-                options = [f"--num-cpus={cpus}", f"--node-ip-address={network.address(name)}", "--block",
-                           "--object-store-memory=150000000", f"--temp-dir={temp / name}"]  # fmt: skip
-                options += [f"--labels=pool={pool}"] if pool else []
-                environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "QCRD_CACHE": str(temp / name / "cache")}
-                command = [*network.inside(name), sys.executable, "-m", "ray.scripts.scripts", "start"]
-                log = logs / f"{name}.log"
-                with log.open("wb") as output:
-                    starts.append(
-                        subprocess.Popen(
-                            [*command, *place, *options], stdout=output, stderr=output, env=environment,
-                            start_new_session=True,
-                        )
-                    )  # fmt: skip
-                raylets[name] = raylet_of(starts[-1], log)
-            yield Nodes(head, raylets, network.inside("head"))
-        finally:
-            end_ray(*starts)
-            shutil.rmtree(temp, ignore_errors=True)
+    head = f"{network.address('head')}:6379"
+    try:
+        raylets = {}
+        for name, (cpus, pool) in NODES.items():
+            place = ["--head", "--port=6379", "--include-dashboard=false"] if name == "head" else [f"--address={head}"]
+            options = [f"--num-cpus={cpus}", f"--node-ip-address={network.address(name)}", "--block",
+                       "--object-store-memory=150000000", f"--temp-dir={temp / name}"]  # fmt: skip
+            options += [f"--labels=pool={pool}"] if pool else []
+            environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "QCRD_CACHE": str(temp / name / "cache")}
+            command = [*network.inside(name), sys.executable, "-m", "ray.scripts.scripts", "start"]
+            log = logs / f"{name}.log"
+            with log.open("wb") as output:
+                starts.append(
+                    subprocess.Popen(
+                        [*command, *place, *options], stdout=output, stderr=output, env=environment,
+                        start_new_session=True,
+                    )
+                )  # fmt: skip
+            raylets[name] = raylet_of(starts[-1], log)
+        yield Nodes(head, raylets, network.inside("head"))
+    finally:
+        end_ray(*starts)
+        shutil.rmtree(temp, ignore_errors=True)
 
 
 def raylet_of(start: subprocess.Popen[bytes], log: Path) -> psutil.Process:
@@ -220,11 +222,3 @@ def raylet_of(start: subprocess.Popen[bytes], log: Path) -> psutil.Process:
     until(lambda: "Ray runtime started" in log.read_text(), 120, start, log)
     [raylet] = [process for process in below(start.pid, "") if process.name() == "raylet"]
     return raylet
-
-
-def test_nodes_with_addresses_of_their_own_find_each_other(own_addresses: Nodes, tmp_path: Path) -> None:
-    check_training(own_addresses, tmp_path)
-
-
-def test_too_few_resources_are_said_on_many_machines(own_addresses: Nodes, tmp_path: Path) -> None:
-    check_no_room(own_addresses, tmp_path)

@@ -89,20 +89,28 @@ def expected(count: int) -> list[tuple[str, int]]:
 
 
 @pytest.mark.slow
-def test_a_killed_driver_goes_on_and_more_samples_are_asked_beside_the_old(folder: Path, tmp_path: Path) -> None:
+def test_a_killed_driver_and_a_killed_engine_go_on_and_more_samples_are_asked_beside_the_old(
+    folder: Path, tmp_path: Path
+) -> None:
     output, log = tmp_path / "out", tmp_path / "log"
     process = started(command(folder, output, "teacher.samples=3"), log, output, enough=15)
     process.kill()
     process.wait()
     before = texts(output)
-    result = run(*command(folder, output, "teacher.samples=4"))
-    sampling = result["sampling"]
+
+    again = tmp_path / "again"
+    process = started(command(folder, output, "teacher.samples=4"), again, output, enough=written(output) + 15)
+    (teacher,) = below(process.pid, "TeacherActor")
+    teacher.kill()
+    printed, _ = process.communicate(timeout=480)
+    assert process.returncode == 0, again.read_text()[-4000:]
+    sampling = json.loads(printed)["sampling"]
     assert sampling["samples_wanted"] == 4 * QUESTIONS
     assert 15 <= sampling["reused"] <= 3 * QUESTIONS
     assert sampling["sampled"] == 4 * QUESTIONS - sampling["reused"]
     assert samples(output) == expected(4)
     assert written(output) == 4 * QUESTIONS, "a sample was written twice"
-    assert f"{sampling['reused']} are there already" in result["stderr"]
+    assert f"{sampling['reused']} are there already" in again.read_text()
     after = texts(output)
     assert {place: after[place] for place in before} == before
 
@@ -137,19 +145,6 @@ def test_a_stopped_job_keeps_what_was_sampled_and_a_changed_temperature_begins_a
     assert (other["sampling"]["reused"], other["sampling"]["sampled"]) == (0, 3)
     assert "a new set" in other["stderr"] and "it differs" in other["stderr"] and "temperature" in other["stderr"]
     assert len(list(output.glob("samples/*/set.json"))) == 2
-
-
-@pytest.mark.slow
-def test_a_killed_engine_comes_back(folder: Path, tmp_path: Path) -> None:
-    output, log = tmp_path / "out", tmp_path / "log"
-    process = started(command(folder, output, "teacher.samples=3"), log, output, enough=15)
-    (teacher,) = below(process.pid, "TeacherActor")
-    teacher.kill()
-    output_text, _ = process.communicate(timeout=480)
-    assert process.returncode == 0, log.read_text()[-4000:]
-    assert json.loads(output_text)["sampling"]["sampled"] == 3 * QUESTIONS
-    assert samples(output) == expected(3)
-    assert written(output) == 3 * QUESTIONS, "a sample was written twice"
 
 
 @pytest.mark.parametrize(

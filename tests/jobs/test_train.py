@@ -200,27 +200,6 @@ def test_the_student_loads_and_writes_what_was_scored(tiny_run: tuple[dict[str, 
         assert tokenizer.decode(ids[0], skip_special_tokens=True).strip() == prediction["prediction"]
 
 
-@pytest.mark.slow
-def test_two_workers_zero2_and_a_causal_student_on_vllm(tmp_path: Path) -> None:
-    result, folder = tiny(
-        tmp_path, "student.model=scratch:llama-tiny", "sampler.engine=auto", "sampler.precision=bf16",
-        "train.workers=2", "train.zero_stage=2", "train.precision=bf16", "train.batch_size=3",
-        f"train.deepspeed={ROOT}/jobs/deepspeed/zero2.json",
-    )  # fmt: skip
-    assert result["negatives"]["engine"] == "vllm"
-    assert result["negatives"]["lag_max"] == 2
-    assert result["negatives"]["requested"] == 36
-    for row in negatives_of(folder):
-        assert row["snapshot"] == max(0, row["iteration"] - 2)
-    done = run(
-        "evaluate", "--config", str(TINY), f"student.model={folder / 'student'}", "evaluation.split=test",
-        "sampler.engine=vllm", "sampler.precision=bf16",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    scored = json.loads(done.stdout.splitlines()[-1])
-    assert (scored["engine"], scored["accuracy"]) == ("vllm", result["accuracy"]["after"])
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

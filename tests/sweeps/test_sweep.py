@@ -126,7 +126,9 @@ def test_samples_recorded_are_shared_and_a_smaller_m_is_the_first_of_a_larger(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_trial_that_fails_is_a_row_with_its_reason_and_a_stop_leaves_checkpoints(tmp_path: Path) -> None:
+def test_a_stop_leaves_checkpoints_a_trial_that_dies_goes_on_and_one_that_fails_is_a_row_with_its_reason(
+    tmp_path: Path,
+) -> None:
     arguments = (
         # The second one's engine can never be as near to the trainer as it is asked to be.
         *("--space", "sampler.verify_tolerance=[1.0, 1.0e-12]", "name=f", f"run.storage_path={tmp_path}"),
@@ -147,32 +149,17 @@ def test_a_trial_that_fails_is_a_row_with_its_reason_and_a_stop_leaves_checkpoin
     assert not (folder / "result.json").exists()
 
     with sweep_of(tmp_path / "again.log", *arguments) as again:
+        again.until(lambda: metrics.read_text().count("\n") > step + 5)  # a trial goes on, and its driver dies
+        os.kill(json.loads((metrics.parent / "owner.json").read_text())["process"], signal.SIGKILL)
         result = again.wait()
+    assert "started, try 2" in again.said
     assert result["trials"] == {"total": 2, "finished": 1, "stopped": 0, "failed": 1, "missing": 0}
     [failure] = result["failures"]
     assert "1e-12" in failure["trial"] and "sampler.verify_tolerance" in failure["reason"]
     rows = {row["trial"]: row for row in pq.read_table(folder / "trials.parquet").to_pylist()}
     assert rows[failure["trial"]]["reason"] == failure["reason"]
     [finished] = folder.glob("trials/*/result.json")
-    assert json.loads(finished.read_text())["resumed_from_step"] == step
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_a_trial_whose_driver_dies_is_started_again_from_its_checkpoint(tmp_path: Path) -> None:
-    arguments = (
-        *("--space", "optim.lr=[1.0e-3]", "name=d", f"run.storage_path={tmp_path}", "method=dss"),
-        *("train.max_steps=120", "train.checkpoint_interval=10", "evaluation.examples=0"),
-    )
-    with sweep_of(tmp_path / "d.log", *arguments) as sweep:
-        sweep.until(lambda: len(list(tmp_path.glob("d/trials/*/checkpoints/0*/manifest.json"))) > 0)
-        [trial] = sweep.below("ImplicitFunc")
-        trial.kill()
-        result = sweep.wait()
-    assert result["trials"]["finished"] == 1
-    assert "started, try 2" in sweep.said
-    [finished] = tmp_path.glob("d/trials/*/result.json")
-    assert json.loads(finished.read_text())["resumed_from_step"] >= 10
+    assert json.loads(finished.read_text())["resumed_from_step"] in (step, 30)
 
 
 @pytest.fixture(scope="module")

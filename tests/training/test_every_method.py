@@ -23,9 +23,8 @@ METHODS = {
     "mi+qcrd": "gold",
 }  # fmt: skip
 """With the labels of each."""
-ABLATIONS = [
-    NOTHING_NEW[:1], NOTHING_NEW[1:2], NOTHING_NEW[2:], NOTHING_NEW[:2], NOTHING_NEW[1:], NOTHING_NEW[::2], NOTHING_NEW
-]  # fmt: skip
+ABLATIONS = [*([one] for one in NOTHING_NEW), NOTHING_NEW]
+"""Each alone, and all together."""
 SCHEMES = {
     "max_min": "fixed+self_consistency", "sampling": "fixed", "mean": "lagged+self_consistency",
     "weighted_mean": "self_consistency",
