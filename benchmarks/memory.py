@@ -77,7 +77,7 @@ def worker(rank: int, world: int, port: int, config_file: str, root: str) -> Non
 
     from qcrd_ray.config import load_config
     from qcrd_ray.models.discriminator import Discriminator
-    from qcrd_ray.models.student import local_model
+    from qcrd_ray.models.named import local_model
     from qcrd_ray.rationales.streaming import StepBatch, StreamSpec, TrainingRow, read_steps
     from qcrd_ray.run_folder import INITIAL_JUDGE, RunFolder
     from qcrd_ray.sampling.negatives import Negative

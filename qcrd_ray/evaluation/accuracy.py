@@ -10,7 +10,7 @@ from typing import Any
 
 from qcrd_ray.config import ExperimentConfig
 from qcrd_ray.errors import UserError
-from qcrd_ray.models.student import check_student
+from qcrd_ray.models.named import check_student
 from qcrd_ray.rationales.sources import read_rows, splits_available
 from qcrd_ray.run_folder import write_text_atomic
 from qcrd_ray.sampling.engine import start_engine

@@ -70,7 +70,7 @@ def gold_of(question: Question) -> str | None:
 def student_folder(config: ExperimentConfig, key: str, model: str) -> str:
     """Where a student is loaded from. Raises UserError for a folder that is none, with the config key that names it."""
     from qcrd_ray.models.embedded import embedded_student
-    from qcrd_ray.models.student import check_student
+    from qcrd_ray.models.named import check_student
 
     if model.startswith("scratch:"):
         raise UserError(f"config key {key}: {model} has learned nothing; give the folder of a trained student")

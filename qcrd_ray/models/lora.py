@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from qcrd_ray.config import StudentConfig
 from qcrd_ray.errors import UserError
-from qcrd_ray.models.student import Student, empty_network, hub_config
+from qcrd_ray.models.named import hub_config
+from qcrd_ray.models.student import Student, empty_network
 
 ADAPTER = "adapter"
 A, B = ".lora_A.default.weight", ".lora_B.default.weight"

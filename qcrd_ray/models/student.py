@@ -18,11 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcrd_ray.config import StudentConfig
-from qcrd_ray.errors import UserError
-from qcrd_ray.models.embedded import embedded_student
-from qcrd_ray.models.scratch import VOCABULARY, scratch_config
+from qcrd_ray.models.named import hub_config
 from qcrd_ray.objectives.mutual_information import peak_of
-from qcrd_ray.run_folder import SCRATCH_STUDENT, RunFolder
 from qcrd_ray.tasks.prompts import StudentTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -32,8 +29,6 @@ Head = Callable[[Tensor], Tensor]
 """From hidden states [T, d] to logits [T, V]."""
 
 TOKENS_TOGETHER = 512
-DROPOUTS = ("dropout_rate", "attention_dropout", "dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop")
-"""What the families of transformers call the probabilities that `student.dropout` sets."""
 
 
 @dataclass(frozen=True)
@@ -196,34 +191,6 @@ def as_student(network: Any, tokenizer: StudentTokenizer, config: StudentConfig)
     return (Seq2SeqStudent if network.config.is_encoder_decoder else CausalStudent)(network, tokenizer)
 
 
-def hub_config(
-    model: str,
-    config: StudentConfig,
-    vocabulary: int = VOCABULARY,
-    read: Callable[[str, StudentConfig], Any] | None = None,
-) -> Any:
-    """The transformers config of any `student.model`, with `student.dropout` applied.
-
-    Args:
-        vocabulary: of a scratch student, whose tokenizer is learned from the data.
-        read: finds the config of a folder or a Hugging Face name; default: `check_student`.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    if model.startswith("scratch:"):
-        found = scratch_config(model.removeprefix("scratch:"), vocabulary)
-    else:
-        if model.startswith("embedded:"):
-            model = str(embedded_student(model.removeprefix("embedded:")))
-        found = (read or check_student)(model, config)
-    if config.dropout is not None:
-        for name in DROPOUTS:
-            if hasattr(found, name):
-                setattr(found, name, config.dropout)
-    return found
-
-
 def empty_network(shape: Any, config: StudentConfig, dtype: torch.dtype = torch.float32) -> Any:
     """The network of a transformers config, no weights loaded; under `torch.device("meta")` it has none at all."""
     return _auto_class(shape).from_config(
@@ -235,29 +202,6 @@ def _auto_class(shape: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     return AutoModelForSeq2SeqLM if shape.is_encoder_decoder else AutoModelForCausalLM
-
-
-def local_model(run: RunFolder, model: str) -> str:
-    """Where this process loads a `student.model` from; a scratch student was written into the run's folder."""
-    if model.startswith("embedded:"):
-        return str(embedded_student(model.removeprefix("embedded:")))
-    if model.startswith("scratch:"):
-        return str(run.get_folder(SCRATCH_STUDENT))
-    return model
-
-
-def check_student(model: str, config: StudentConfig) -> Any:
-    """The transformers config of a student. Raises UserError if there is no such model."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        known = (
-            "a Hugging Face name, a folder with config.json, embedded:smollm2-135m, scratch:t5-tiny, scratch:llama-tiny"
-        )
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"config key student.model: no model at {model!r}; expected {known} ({reason})") from None
 
 
 def save_student(student: Student, folder: Path, state: dict[str, Tensor] | None = None) -> None:

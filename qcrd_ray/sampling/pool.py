@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from qcrd_ray.config import ExperimentConfig
-from qcrd_ray.models.student import local_model
+from qcrd_ray.models.named import local_model
 from qcrd_ray.rationales.schema import NEGATIVES
 from qcrd_ray.rationales.streaming import student_tools, training_table
 from qcrd_ray.rationales.tables import open_rationale_table, rows_at

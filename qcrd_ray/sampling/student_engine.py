@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qcrd_ray.config import ExperimentConfig
-from qcrd_ray.models.student import hub_config
+from qcrd_ray.models.named import hub_config
 from qcrd_ray.sampling.engine import T5_FAMILY, EngineSpec
 
 

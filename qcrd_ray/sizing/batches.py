@@ -72,8 +72,8 @@ def batches_of(config: ExperimentConfig, lengths: tuple[int, int, int] | None = 
 
 def _batches_of_data(config: ExperimentConfig) -> Batches | None:
     """None where the student's tokenizer is not to be had."""
+    from qcrd_ray.models.named import local_model
     from qcrd_ray.models.scratch import train_tokenizer
-    from qcrd_ray.models.student import local_model
     from qcrd_ray.rationales.streaming import StreamSpec, read_steps
     from qcrd_ray.ray_session import ray_session
     from qcrd_ray.run_folder import DATA, TOKENIZER, RunFolder

@@ -10,8 +10,9 @@ import torch
 
 from qcrd_ray.config import ExperimentConfig, JudgeConfig, StudentConfig
 from qcrd_ray.errors import UserError
+from qcrd_ray.models.named import hub_config
 from qcrd_ray.models.scratch import VOCABULARY
-from qcrd_ray.models.student import Student, as_student, empty_network, hub_config
+from qcrd_ray.models.student import Student, as_student, empty_network
 
 _T5 = {"model_type": "t5", "vocab_size": 32128, "d_kv": 64, "decoder_start_token_id": 0, "pad_token_id": 0}
 _QWEN = {"model_type": "qwen2", "max_position_embeddings": 32768, "num_key_value_heads": 2}

@@ -12,7 +12,7 @@ from qcrd_ray.config import ExperimentConfig, differing_keys
 from qcrd_ray.errors import UserError
 from qcrd_ray.models.discriminator import check_encoder
 from qcrd_ray.models.lora import check_lora
-from qcrd_ray.models.student import check_student
+from qcrd_ray.models.named import check_student
 from qcrd_ray.rationales.sources import splits_available
 from qcrd_ray.reporting.tracking import check_tracking
 from qcrd_ray.run_folder import CONFIG, RESULT, RunFolder

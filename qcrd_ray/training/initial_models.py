@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from qcrd_ray.config import ExperimentConfig
 from qcrd_ray.models.discriminator import build_discriminator
-from qcrd_ray.models.student import check_student, local_model
+from qcrd_ray.models.named import check_student, local_model
 from qcrd_ray.rationales.tables import open_rationale_table
 from qcrd_ray.run_folder import FIXED_STUDENT, INITIAL_JUDGE, MANIFEST, SCRATCH_STUDENT, TOKENIZER, RunFolder
 from qcrd_ray.sampling.snapshot import DESCRIPTION

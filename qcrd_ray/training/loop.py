@@ -19,7 +19,8 @@ import torch.distributed as dist
 from qcrd_ray.config import ExperimentConfig
 from qcrd_ray.errors import UserError, find_user_error
 from qcrd_ray.models.discriminator import Discriminator
-from qcrd_ray.models.student import Student, local_model
+from qcrd_ray.models.named import local_model
+from qcrd_ray.models.student import Student
 from qcrd_ray.rationales.corruption import fill_negatives
 from qcrd_ray.rationales.streaming import StepBatch, StreamSpec, begun, stream_batches
 from qcrd_ray.rationales.tables import open_rationale_table

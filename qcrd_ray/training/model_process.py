@@ -6,6 +6,7 @@ runs that share a driver (the trials of a test, of a notebook) share it.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from qcrd_ray.config import ExperimentConfig
 from qcrd_ray.models.discriminator import Discriminator
 from qcrd_ray.run_folder import JUDGE, RunFolder
-from qcrd_ray.training.engine import import_deepspeed
 from qcrd_ray.training.export import export
 from qcrd_ray.training.initial_models import write_models
 
@@ -27,7 +27,8 @@ class ModelProcess:
     """An actor on the driver's node, which does one thing at a time."""
 
     def __init__(self) -> None:
-        import_deepspeed()  # before accelerate does, in its own way, as a model is saved
+        # To ask of a model that is saved whether DeepSpeed has it, accelerate would import it, in seconds.
+        sys.modules.setdefault("deepspeed", None)  # type: ignore[arg-type]
         from transformers import AutoModel, PreTrainedModel  # noqa: F401
 
     def write_models(self, config: ExperimentConfig, run: RunFolder) -> None:

@@ -123,7 +123,7 @@ def test_s3_that_stops_answering_and_a_driver_that_is_killed(tmp_path: Path, mon
         place = server.uri("bucket/runs")
 
         def start(cache: str) -> Run:
-            arguments = (*SETTINGS, f"run.storage_path={place}", "train.workers=2", "sampler.actors=2")
+            arguments = (*SETTINGS, f"run.storage_path={place}", "train.workers=2")
             return Run(tmp_path, "run", *arguments, QCRD_CACHE=str(tmp_path / cache))
 
         monkeypatch.setenv("QCRD_CACHE", str(tmp_path / "reader"))

@@ -50,7 +50,7 @@ def tiny(folder: Path, *arguments: str, cwd: Path | None = None) -> tuple[dict[s
 
 
 NINE_ITERATIONS = (
-    "train.max_steps=18", "train.workers=2", "sampler.actors=2", "train.keep_snapshots=true", "loss.margin=20"
+    "train.max_steps=18", "sampler.actors=2", "train.keep_snapshots=true", "loss.margin=20"
 )  # fmt: skip
 
 

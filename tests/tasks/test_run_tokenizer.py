@@ -10,8 +10,8 @@ import pytest
 
 from qcrd_ray.config import ExperimentConfig, load_config
 from qcrd_ray.models.embedded import embedded_student
+from qcrd_ray.models.named import check_student
 from qcrd_ray.models.scratch import build_scratch
-from qcrd_ray.models.student import check_student
 from qcrd_ray.tasks.prompts import EXPLAIN, load_run_tokenizer, load_tokenizer
 
 TEXTS = ["What is 3 + 4? 3 + 4 = 7.", "How many apples has Ann?"]
