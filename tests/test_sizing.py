@@ -72,12 +72,13 @@ def test_shapes_of_the_presets_have_the_published_numbers_of_parameters(name: st
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 @pytest.mark.parametrize("name", ["t5_large", "qwen2.5_0.5b", "qwen2.5_7b"])
 def test_presets_say_what_the_calculator_says(name: str) -> None:
     file = CONFIGS / f"{name}.yaml"
     rows = re.findall(r"^#\s+(.*?)\s*\| (\d+) GiB\s*\| (\d+|none)\s*\|", file.read_text(), re.MULTILINE)
     assert len(rows) >= 3
-    for keys, memory, number in rows:
+    for keys, memory, number in rows if name == "qwen2.5_0.5b" else rows[-1:]:  # a large one takes long
         found = [*(key for key in keys.split() if "=" in key), "train.gpus_per_worker=1", "sampler.gpus=1"]
         machine, most = Machine(int(memory) * GIBIBYTE), 64 if number == "none" else int(number)
         enough = estimate(load_config(file, [*found, f"train.workers={most}"]), machine)
@@ -158,6 +159,7 @@ def test_data_that_are_there_decide_the_lengths() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_a_worker_takes_what_was_calculated(tmp_path: Path) -> None:
     """A scratch T5 at ZeRO 0, 2 and 3, two workers, in processes. (SmolLM2: benchmarks/memory.py.)"""
     file = tmp_path / "memory.json"

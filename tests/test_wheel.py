@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_a_wheel_installs_and_runs_elsewhere(tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(

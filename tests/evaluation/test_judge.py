@@ -184,6 +184,7 @@ def test_the_two_orders_differ_in_the_places_alone() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_no_rationale_makes_a_special_token() -> None:
     from transformers import AutoTokenizer
 
@@ -274,6 +275,7 @@ SETTINGS = [
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_two_students_and_a_judge_for_real(tmp_path: Path) -> None:
     texts = [f"What is {a} + {b}? {a} + {b} = {a + b}. Better: A" for a in range(20) for b in range(5)]
     folders = [

@@ -249,6 +249,7 @@ ONE_STUDENT = pytest.mark.parametrize("taught", ["t5-tiny"], indirect=True)
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 @ONE_STUDENT
 def test_the_job_answers_lines_and_a_question(folder: str, tmp_path: Path) -> None:
     done = run("--student", folder, "--batch", "8", given=LINES.encode())
@@ -262,6 +263,7 @@ def test_the_job_answers_lines_and_a_question(folder: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 @ONE_STUDENT
 def test_the_job_answers_while_the_pipe_is_open_and_ends_when_nobody_reads(folder: str) -> None:
     process = start("--student", folder)
@@ -279,6 +281,7 @@ def test_the_job_answers_while_the_pipe_is_open_and_ends_when_nobody_reads(folde
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 @ONE_STUDENT
 def test_the_job_is_interrupted_between_two_lines_of_a_terminal(folder: str, tmp_path: Path) -> None:
     process = start("--student", folder, "--output", str(tmp_path / "answers"))
@@ -296,6 +299,7 @@ def test_the_job_is_interrupted_between_two_lines_of_a_terminal(folder: str, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 @ONE_STUDENT
 def test_the_job_names_what_is_wrong(folder: str, tmp_path: Path) -> None:
     given = LINES.encode() + b'{"question": 3}\n'
@@ -322,6 +326,7 @@ def test_the_job_names_what_is_wrong(folder: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 @pytest.mark.parametrize("taught", ["llama-tiny"], indirect=True)
 def test_vllm_writes_what_the_reference_engine_does_and_nothing_else(folder: str, tmp_path: Path) -> None:
     (tmp_path / "questions.jsonl").write_text(LINES)

@@ -158,7 +158,7 @@ def test_a_config_that_fails_is_seen_by_who_submits(head: Head, tmp_path: Path) 
 
 def test_a_stopped_job_goes_on_from_its_last_step(head: Head, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    steps = 150  # so many that the run still trains when `ray job stop`, which takes seconds, comes to it
+    steps = 110  # so many that the run still trains when `ray job stop`, which takes seconds, comes to it
     command = ("python", "jobs/train.py", *TINY, f"run.storage_path={tmp_path}", "run.name=run",
                f"train.max_steps={steps}", "train.iteration_steps=6", "train.checkpoint_interval=1000")  # fmt: skip
     head.submit("stopped", *command, wait=False)

@@ -65,6 +65,7 @@ def negatives_of(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_the_result_says_what_was_trained(tiny_run: tuple[dict[str, Any], Path]) -> None:
     result, folder = tiny_run
     assert result["steps"] == 18
@@ -83,6 +84,7 @@ def test_the_result_says_what_was_trained(tiny_run: tuple[dict[str, Any], Path])
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_every_negative_is_from_its_snapshot_and_every_question_has_its_own(
     tiny_run: tuple[dict[str, Any], Path],
 ) -> None:
@@ -101,6 +103,7 @@ def test_every_negative_is_from_its_snapshot_and_every_question_has_its_own(
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_the_log_probabilities_prove_where_negatives_come_from(tiny_run: tuple[dict[str, Any], Path]) -> None:
     import torch
     from transformers import AutoModelForSeq2SeqLM
@@ -138,6 +141,7 @@ def test_the_log_probabilities_prove_where_negatives_come_from(tiny_run: tuple[d
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_an_engine_that_does_not_hold_its_snapshot_is_found_out(tiny_run: tuple[dict[str, Any], Path]) -> None:
     from qcrd_ray.run_folder import RunFolder
     from qcrd_ray.sampling.pool import Sampler
@@ -158,6 +162,7 @@ def test_an_engine_that_does_not_hold_its_snapshot_is_found_out(tiny_run: tuple[
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_a_complete_run_is_not_done_again_and_another_config_is_refused(tiny_run: tuple[dict[str, Any], Path]) -> None:
     result, folder = tiny_run
     again, _ = tiny(folder.parent, *NINE_ITERATIONS)
@@ -176,6 +181,7 @@ def test_a_complete_run_is_not_done_again_and_another_config_is_refused(tiny_run
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_the_student_loads_and_writes_what_was_scored(tiny_run: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -252,6 +258,7 @@ def refused_run(capfd: pytest.CaptureFixture[str], folder: Path, *arguments: str
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_paths_are_relative_to_where_the_job_was_started(tmp_path: Path) -> None:
     """In its workers too. Here with every sample from the student of the same iteration, and dropout."""
     (tmp_path / "deepspeed.json").write_text("{}")
@@ -266,6 +273,7 @@ def test_paths_are_relative_to_where_the_job_was_started(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_data_without_a_held_out_split(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     row = {"id": "a", "question": "q", "answer": "1", "teacher_samples": [{"rationale": "r", "answer": "1"}]}

@@ -271,6 +271,7 @@ def test_adapters_go_on_with_their_own_base_only(scratch: dict[str, Path], one_r
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_a_whole_run_ends_with_a_plain_student_and_its_adapter(tmp_path: Path) -> None:
     """The engine that samples proves each snapshot's weights; the student needs nothing of peft."""
     from peft import PeftModel

@@ -267,6 +267,22 @@ def test_gpt35_on_svamp(benchmark_data: Path, ray_session: Any, tmp_path: Path) 
     assert five.vote_accuracy == pytest.approx(0.807, abs=0.02)
 
 
+def test_a_smaller_number_of_samples_is_the_first_of_a_larger(
+    benchmark_data: Path, ray_session: Any, tmp_path: Path
+) -> None:
+    for samples in (5, 10):
+        assert svamp(benchmark_data, tmp_path / str(samples), samples).train.samples > 60 * samples
+    found: dict[str, list[tuple[str, str | None]]] = {}
+    for row in pq.read_table(tmp_path / "10" / "teacher_samples").sort_by("sample_index").to_pylist():
+        found.setdefault(row["id"], []).append((row["rationale"], row["answer"]))
+    for samples in (5, 10):
+        rows = pq.read_table(tmp_path / str(samples) / "rationale_sets").to_pylist()
+        assert len(rows) > 60
+        for row in rows:
+            parsed = [text for text, answer in found[row["id"]][:samples] if answer is not None]
+            assert sorted(row["positives"] + row["negatives"]) == sorted(parsed)
+
+
 def test_a_share_is_part_of_a_larger_share(tmp_path: Path) -> None:
     path = source(tmp_path / "source", {f"q{i}": ["1", "1", "2"] for i in range(41)} | {"none": []})
     used: dict[float, list[str]] = {}

@@ -134,6 +134,7 @@ def test_the_likeliest_tokens_are_all_that_top_k_leaves(models: dict[str, Path])
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_vllm_samples_by_seed_and_holds_the_weights_it_was_given(models: dict[str, Path]) -> None:
     engine = start_engine(spec("vllm", models["llama"]))
     forward = sample(engine, HOT, list(range(11)))

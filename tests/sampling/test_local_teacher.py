@@ -34,6 +34,7 @@ def texts(answered: Answered) -> dict[int, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 @pytest.mark.parametrize(("engine", "model"), [("vllm", "llama-tiny"), ("transformers", "t5-tiny")])
 def test_a_sample_depends_on_its_seed_alone(tmp_path: Path, engine: str, model: str) -> None:
     folder = build_scratch(model, TEXTS, tmp_path / model, seed=0)
@@ -64,6 +65,7 @@ def test_a_sample_depends_on_its_seed_alone(tmp_path: Path, engine: str, model: 
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Unrecognized model"):
         LocalTeacher(EngineSpec("transformers", str(tmp_path)), PARAMETERS)

@@ -18,6 +18,7 @@ QUESTIONS = 64
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_who_watches_ends_the_sampling_and_what_was_sampled_is_kept(ray_session: Any, tmp_path: Path) -> None:
     class SlowTeacher:  # in here, so that Ray's workers get it with the job
         stopped: str | None = None

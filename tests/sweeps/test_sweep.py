@@ -96,36 +96,6 @@ def test_a_sweep_that_is_killed_goes_on_and_nothing_is_done_twice(questions: Pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_samples_recorded_are_shared_and_a_smaller_m_is_the_first_of_a_larger(
-    benchmark_data: Path, tmp_path: Path
-) -> None:
-    arguments = (
-        *("--space", "teacher.samples=[5, 10]", "name=m", f"run.storage_path={tmp_path}", "train.max_steps=2"),
-        *("task=svamp", f"data.path={benchmark_data / 'svamp'}", "data.teachers=[gpt35turbo-mcckd]", "data.limit=24"),
-        *("data.eval_limit=8", "teacher.engine=recorded", "evaluation.examples=0", "judge.enabled=false"),
-        *("labels=gold", "student.max_rationale_tokens=64", "negatives.source=none"),
-    )
-    with sweep_of(tmp_path / "m.log", *arguments) as sweep:
-        result = sweep.wait()
-    assert result["trials"]["finished"] == 2
-    assert result["reused"]["teacher_samples_asked"] == 0
-    folders = {m: next(iter(tmp_path.glob(f"m/trials/samples-{m}_*"))) for m in (5, 10)}
-    samples: dict[str, list[tuple[str, str | None]]] = {}
-    for row in pq.read_table(folders[10] / "data" / "teacher_samples").sort_by("sample_index").to_pylist():
-        samples.setdefault(row["id"], []).append((row["rationale"], row["answer"]))
-    for m, folder in folders.items():
-        counts = json.loads((folder / "data" / "counts.json").read_text())
-        assert counts["train"]["samples"] == 24 * m
-        rows = pq.read_table(folder / "data" / "rationale_sets").to_pylist()
-        assert len(rows) >= 20
-        for row in rows:
-            first = samples[row["id"]][:m]
-            parsed = [text for text, answer in first if answer is not None]
-            assert sorted(row["positives"] + row["negatives"]) == sorted(parsed)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_a_stop_leaves_checkpoints_a_trial_that_dies_goes_on_and_one_that_fails_is_a_row_with_its_reason(
     tmp_path: Path,
 ) -> None:

@@ -20,7 +20,6 @@ NOTHING_NEW = ["positives=first", "negatives.source=none", "judge.enabled=false"
 
 METHODS = {
     "finetune": "gold", "single_task": "teacher_vote", "dss": "gold", "mi": "teacher_sample", "qcrd": "gold",
-    "mi+qcrd": "gold",
 }  # fmt: skip
 """With the labels of each."""
 ABLATIONS = [*([one] for one in NOTHING_NEW), NOTHING_NEW]
@@ -35,6 +34,7 @@ CASES = [
     *ABLATIONS,
     *([f"scheme={name}", f"negatives.source={source}"] for name, source in SCHEMES.items()),
 ]
+CASES[-1].insert(0, "method=mi+qcrd")
 
 
 def config_of(folder: Path, *overrides: str) -> ExperimentConfig:

@@ -159,6 +159,7 @@ def _run(world: int, folder: Path, cases: list[dict[str, Any]]) -> list[list[flo
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_one_and_two_workers_give_the_same_losses(tmp_path: Path) -> None:
     alone = _run(1, tmp_path, CASES)
     together = _run(2, tmp_path, CASES)
@@ -171,6 +172,7 @@ def test_one_and_two_workers_give_the_same_losses(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_the_pass_budget_changes_no_loss(tmp_path: Path) -> None:
     cases = [
         {"family": family, "stage": stage, "tokens_per_pass": budget}
@@ -184,6 +186,7 @@ def test_the_pass_budget_changes_no_loss(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_a_state_goes_on_in_any_stage_and_number_of_workers(tmp_path: Path) -> None:
     stages = (0, 1, 2, 3)
     saving = [{"family": "llama", "stage": stage, "save": str(tmp_path / f"{stage}.safetensors")} for stage in stages]
@@ -201,7 +204,6 @@ LORA = {"lora": True, "lr": 3e-3}
 LORA_CASES = [
     {"family": "llama", "stage": 0, **LORA},
     {"family": "llama", "stage": 2, **LORA},
-    {"family": "llama", "stage": 3, **LORA},
     {"family": "llama", "stage": 3, "checkpointing": True, **LORA},
     {"family": "t5", "stage": 0, **LORA},
     {"family": "t5", "stage": 3, "checkpointing": True, **LORA},
@@ -209,10 +211,11 @@ LORA_CASES = [
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_adapters_train_alike_in_every_stage_and_number_of_workers(tmp_path: Path) -> None:
     """The frozen weights stay what they were, bit by bit: `_train_case` sees to it."""
     alone, together = _run(1, tmp_path, LORA_CASES), _run(2, tmp_path, LORA_CASES)
     for case, *both in zip(LORA_CASES, alone, together, strict=True):
-        reference = alone[0 if case["family"] == "llama" else 4]
+        reference = alone[0 if case["family"] == "llama" else 3]
         for losses in both:
             assert losses == pytest.approx(reference, abs=2e-3), case
