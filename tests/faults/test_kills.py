@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.faults.runs import ROOT, Run, audit, gone_after, kill, losses_of, records_of, steps_of
+from tests.faults.runs import ROOT, TINY, Job, Run, audit, gone_after, kill, losses_of, records_of, steps_of
 
 STEPS = 36
 SETTINGS = (
@@ -95,6 +96,12 @@ def test_a_vllm_sampler_of_a_causal_student_is_killed(tmp_path: Path, trial: int
     assert result["steps"] == STEPS
     assert result["negatives"]["engine"] == "vllm"
     audit(run.folder)
+
+    job = [sys.executable, str(ROOT / "jobs" / "evaluate.py"), "--config", str(TINY), "evaluation.split=test"]
+    student = f"student.model={run.folder / 'student'}"
+    with Job([*job, student, "sampler.engine=vllm", "sampler.precision=bf16"], tmp_path / "evaluation.log") as again:
+        scored = again.wait()
+    assert (scored["engine"], scored["accuracy"]) == ("vllm", result["accuracy"]["after"])
 
 
 @pytest.mark.parametrize("trial", TRIALS)

@@ -1,7 +1,4 @@
-"""A signal to the driver: training ends with a checkpoint at the step it is at.
-
-That it goes on from there is tested with jobs that are submitted.
-"""
+"""A signal to the driver: training ends with a checkpoint at the step it is at, and goes on from there."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.runs import Run, gone_after, steps_of
+from tests.faults.runs import Run, audit, gone_after, steps_of
 
 STEPS = 30
 SETTINGS = (
@@ -41,6 +38,12 @@ def test_all_workers_stop_at_the_same_step(tmp_path: Path) -> None:
     step = int(checkpoint.name)
     assert last == f"stopped at step {step} of {STEPS}; the same command goes on from there"
     assert [record["step"] for record in steps_of(run.folder)] == list(range(step))
+
+    with Run(tmp_path, "run", *SETTINGS) as again:
+        result = again.wait()
+    assert result["resumed_from_step"] == step
+    assert result["steps"] == STEPS
+    audit(run.folder)
 
 
 def test_a_run_that_has_not_begun_ends_at_once(tmp_path: Path) -> None:

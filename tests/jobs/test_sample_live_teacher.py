@@ -119,6 +119,7 @@ def test_a_killed_driver_and_a_killed_engine_go_on_and_more_samples_are_asked_be
     assert (less["sampling"]["reused"], less["sampling"]["sampled"]) == (2 * QUESTIONS, 0)
     assert less["sampling"]["engine_start_seconds"] == 0.0 and time.monotonic() - start < 60
     assert samples(output) == expected(2)
+    assert run(*command(folder, output, "teacher.samples=2"))["reused"] is True
 
 
 @pytest.mark.slow
