@@ -39,7 +39,15 @@ class StudentTokenizer:
         self._suffix = [] if is_seq2seq else self._encode("\n")
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        [ids] = self._encode_all([text])
+        return ids
+
+    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return list(
+            self.tokenizer(
+                list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
+            )["input_ids"]
+        )
 
     def prompt(self, prefix: str, text: str) -> tuple[list[int], bool]:
         """Token ids of a prompt, and whether the text was cut to fit `max_input_tokens`."""
@@ -58,7 +66,7 @@ class StudentTokenizer:
         start = [int(self.tokenizer.bos_token_id)] if adds_start else []
         asked = [f"{prefix} {text}" for text in texts]
         ending, tail = ("", [self.end]) if self.is_seq2seq else ("\n", self._suffix)
-        whole = self.tokenizer([text + ending for text in asked], add_special_tokens=False)["input_ids"]
+        whole = self._encode_all([text + ending for text in asked])
         longest = self.config.max_input_tokens
         found = []
         for text, ids in zip(asked, whole, strict=True):
@@ -71,10 +79,19 @@ class StudentTokenizer:
 
     def target(self, text: str, limit: int) -> Target:
         """Token ids of a target of at most `limit` tokens, the end token among them."""
-        ids = self._encode(text.strip())
-        if len(ids) + 1 > limit:
-            return Target(ids[:limit], True)
-        return Target([*ids, self.end], False)
+        [found] = self.targets([text], limit)
+        return found
+
+    def targets(self, texts: Sequence[str], limit: int) -> list[Target]:
+        """`target` of many texts; of equal ones the same object."""
+        distinct = list(dict.fromkeys(text.strip() for text in texts))
+        if not distinct:
+            return []
+        found = {
+            text: Target(ids[:limit], True) if len(ids) + 1 > limit else Target([*ids, self.end], False)
+            for text, ids in zip(distinct, self._encode_all(distinct), strict=True)
+        }
+        return [found[text.strip()] for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
