@@ -301,11 +301,17 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
     yield "|---" * (len(LAST) + 1) + "|"
     for method in found["rates"]:
         own = [row["last"] for row in found["trials"] if row["labels"]["method"] == method]
-        means = [[last[key] for last in own if key in last] for key in LAST]
-        yield f"| {method} | {' | '.join(f'{np.mean(m):.3f}' if any(m) else '' for m in means)} |"
+        means = [[last[key] for last in own if key in last and _takes(method, key)] for key in LAST]
+        yield f"| {method} | {' | '.join(f'{np.mean(m):.3f}' if m else '' for m in means)} |"
     yield "\n| | difference, 95 % over questions | p |\n|---|---|---|"
     for row in found["pairs"]:
         yield f"| {row['a']} − {row['b']} | {row['difference']:+.3f} ± {row['half']:.3f} | {row['p']:.3f} |"
+
+
+def _takes(method: str, key: str) -> bool:
+    """Whether a term is one of the method's loss; the others are recorded as 0."""
+    not_of = {"loss_positive": ("finetune", "single_task"), "loss_negative": ("finetune", "single_task", "dss", "mi")}
+    return method not in not_of.get(key, ())
 
 
 def _active(found: Mapping[str, Any], method: str) -> str:

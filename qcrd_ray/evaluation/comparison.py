@@ -47,6 +47,10 @@ class Pair:
     a_first: Prompt
     b_first: Prompt
 
+    @property
+    def identical(self) -> bool:
+        return self.a.rationale == self.b.rationale
+
 
 def compare(config: ExperimentConfig) -> dict[str, Any]:
     """Sample `comparison.student_a` and `student_b`, have the judge of `teacher.*` compare them, count.
@@ -178,7 +182,7 @@ def _ask_all(config: ExperimentConfig, judge: LiveTeacher, pairs: Sequence[Pair]
     """Ask for what is missing. Returns how many answers failed, by reason."""
     missing: dict[str, tuple[str, Prompt]] = {}
     for pair in pairs:
-        for prompt in (pair.a_first, pair.b_first):
+        for prompt in () if pair.identical else (pair.a_first, pair.b_first):
             if answers.of(prompt) is None:
                 missing[answers.key(prompt)] = (pair.question.id, prompt)
     if not missing:
@@ -216,11 +220,9 @@ def _result(
     lines: list[str] = []
     judged: dict[float, list[Judged]] = {pair.temperature: [] for pair in pairs}
     for pair in pairs:
-        raw = [answers.of(prompt) for prompt in (pair.a_first, pair.b_first)]
+        raw = [None if pair.identical else answers.of(prompt) for prompt in (pair.a_first, pair.b_first)]
         read = [text if chat or text is None else f"{LEAD} {text.strip().partition(chr(10))[0]}" for text in raw]
-        one = Judged(
-            verdict_of(read[0], True), verdict_of(read[1], False), identical=pair.a.rationale == pair.b.rationale
-        )
+        one = Judged(verdict_of(read[0], True), verdict_of(read[1], False), identical=pair.identical)
         judged[pair.temperature].append(one)
         line = {
             "id": pair.question.id,

@@ -86,14 +86,18 @@ def judge_prompt(task: str, question: str, answer: str | None, first: str, secon
 
 
 _MARK = r"[\s*_`\"'“”(\[]*"
+_ENDS = r"(?=[\s*_`\"'”)\]]*(?:$|[\n.,;:!/|(–—]|-\s|(?:because|since|as|is|or|and)\b))"
+"""What follows a letter that is a verdict: `Better: A good explanation` begins with an article."""
 _STATED = re.compile(
-    rf"\bbetter\s*(?:explanation\s*)?(?:is\s*)?[:：]{_MARK}(?:explanation\s+)?(A|B|TIE)\b", re.IGNORECASE
+    rf"\bbetter\s*(?:explanation\s*)?(?:is\s*)?[:：]{_MARK}(?:(?:an?\s+)?(TIE)\b|(?:explanation\s+)?(A|B)\b{_ENDS})",
+    re.IGNORECASE,
 )
 _LIST = re.compile(r"^[\s*_`\"')\]]*(?:,|/|\||or\b|and\b)[\s*_`\"'(\[]*(?:A|B|TIE)\b", re.IGNORECASE)
 _LISTED = re.compile(r"\b(?:A|B|TIE)\b[\s*_`\"')\]]*(?:,|/|\||\bor\b)[\s*_`\"'(\[]*(?:or\b[\s*_`\"'(\[]*)?$")
 """What stands after, or before, a `Better: A` of an answer that only lists what it may say."""
 _ALONE = re.compile(
-    r"[\W_]*(?:(?:the )?(?:answer|verdict|explanation|choice)(?: is)?\W+)?(A|B|TIE)[\W_]*", re.IGNORECASE
+    r"[\W_]*(?:(?:the )?(?:answer|verdict|explanation|choice)(?: is)?\W+)?(?:an?\s+)?(A|B|TIE)[\W_]*",
+    re.IGNORECASE,
 )
 _SENTENCE = re.compile(
     r"\bexplanation\s+(?P<one>A|B)\s+is\s+(?:(?:clearly|much|slightly|a bit|the)\s+)*(?:better|superior)\b"
@@ -113,7 +117,7 @@ def parse_verdict(text: str) -> Literal["A", "B", "TIE"] | None:
     stated = list(_STATED.finditer(text))
     if stated:
         listed = any(_LIST.match(text[match.end() :]) or _LISTED.search(text[: match.start()]) for match in stated)
-        return _only({match[1].upper() for match in stated}) if not listed else None
+        return _only({(match[1] or match[2]).upper() for match in stated}) if not listed else None
     first_line = text.partition("\n")[0]
     alone = _ALONE.fullmatch(first_line)
     if alone:
@@ -144,7 +148,7 @@ class Judged:
 
     Attributes:
         a_first, b_first: the student that is better where student A's (B's) rationale comes first; None: no verdict.
-        identical: whether the two rationales are the same text.
+        identical: whether the two rationales are the same text: a tie that no judge is asked about.
     """
 
     a_first: Verdict | None
@@ -154,6 +158,8 @@ class Judged:
     @property
     def outcome(self) -> Verdict | None:
         """A student that is better in both orders, else a tie; None without a verdict in each."""
+        if self.identical:
+            return "tie"
         if self.a_first is None or self.b_first is None:
             return None
         return self.a_first if self.a_first == self.b_first else "tie"
@@ -166,21 +172,23 @@ def count(pairs: Sequence[Judged]) -> dict[str, Any]:
         `a_better`, `tie`, `b_better` over pairs with a verdict in both orders; `disagreements`: ties in which the
         orders differ; `unjudged`: pairs without two verdicts; `a_first`, `b_first`: verdicts of one order alone,
         `none` those that could not be read; `agreement`, `kappa` (Cohen's) between the orders; `first_place_share` of
-        the verdicts that prefer a place; `sign_test_p`, two-sided, of the wins against the losses.
+        the verdicts that prefer a place; `sign_test_p`, two-sided, of the wins against the losses. `identical` pairs
+        are ties, and in nothing else.
     """
+    outcomes, identical = Counter(pair.outcome for pair in pairs), sum(pair.identical for pair in pairs)
+    count_of_all, pairs = len(pairs), [pair for pair in pairs if not pair.identical]
     both = [(pair.a_first, pair.b_first) for pair in pairs if pair.a_first is not None and pair.b_first is not None]
-    outcomes = Counter(pair.outcome for pair in pairs)
     same = sum(one == other for one, other in both)
     first = sum(pair.a_first == "a" for pair in pairs) + sum(pair.b_first == "b" for pair in pairs)
     second = sum(pair.a_first == "b" for pair in pairs) + sum(pair.b_first == "a" for pair in pairs)
     return {
-        "pairs": len(pairs),
+        "pairs": count_of_all,
         "a_better": outcomes["a"],
         "tie": outcomes["tie"],
         "b_better": outcomes["b"],
         "disagreements": len(both) - same,
         "unjudged": outcomes[None],
-        "identical": sum(pair.identical for pair in pairs),
+        "identical": identical,
         "a_first": _order([pair.a_first for pair in pairs]),
         "b_first": _order([pair.b_first for pair in pairs]),
         "agreement": same / len(both) if both else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import stat
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from qcrd_ray.rationales.columns import Columns
 from qcrd_ray.rationales.raw_chunks import chunk_rows, file_chunks
 
 Format = Literal["auto", "jsonl", "lines"]
+OTHER_TABLES = (".tsv", ".xls", ".xlsx", ".arrow", ".feather", ".orc")
+_ARRAY = re.compile(rb"\[\s*(?:$|[\[{\"])")
 STANDARD_INPUT = 0
 READ_BYTES = 1 << 18
 MOST_LINE_BYTES = 1 << 24
@@ -57,7 +60,8 @@ def read_questions(file: Path | None, form: Format, batch: int, linger_s: float)
 
     Args:
         file: .jsonl, .csv, .parquet or plain lines; None is standard input.
-        form: of lines; `auto` is JSONL where the first line begins with a brace, else a question a line.
+        form: of lines; `auto` is JSONL where the first line begins with a brace, else a question a line, unless that is
+            what no question looks like: another kind of table, or a JSON array.
         batch: inputs that come together at most.
         linger_s: seconds without a new line of a pipe after which what is there is a batch.
 
@@ -66,11 +70,13 @@ def read_questions(file: Path | None, form: Format, batch: int, linger_s: float)
     """
     if file is None:
         yield from _parsed(_lines(STANDARD_INPUT, "standard input", batch, linger_s), "standard input", form)
-    elif file.suffix in (".csv", ".parquet"):
+    elif (suffix := file.suffix.lower()) in (".csv", ".parquet"):
         if form != "auto":
-            raise UserError(f"{file}: --format is for lines, not for {file.suffix}")
+            raise UserError(f"{file}: --format is for lines, not for {suffix}")
         check_file(file)
         yield from _rows(file, batch)
+    elif form == "auto" and suffix in OTHER_TABLES:
+        raise UserError(f"{file}: {suffix} is not read; expected .csv, .parquet, .jsonl or a question a line")
     else:
         check_file(file)
         with file.open("rb") as opened:
@@ -137,6 +143,11 @@ def _parsed(batches: Iterator[list[_Line]], name: str, form: Format) -> Iterator
     for lines in batches:
         if parse is None:
             first = lines[0].content.removeprefix(b"\xef\xbb\xbf").lstrip()
+            if _ARRAY.match(first):
+                raise UserError(
+                    f"{name}:{lines[0].number}: a JSON array; expected a JSON object a line, or a question a line "
+                    "(--format lines takes these lines as questions)"
+                )
             parse = parsers["jsonl" if first.startswith(b"{") else "lines"]
         yield [_input_of(line, f"{name}:{line.number}", parse) for line in lines]
 

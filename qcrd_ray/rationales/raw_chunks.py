@@ -157,9 +157,9 @@ def _chunks_of(config: ExperimentConfig, split: str, limit: int | None) -> Itera
 
 
 def _file_chunks(path: Path, limit: int | None, chunk_bytes: int) -> Iterator[RawChunk]:
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         yield from _parquet_chunks(path, limit, chunk_bytes)
-    elif path.suffix == ".csv":
+    elif path.suffix.lower() == ".csv":
         yield from _row_chunks(_csv_rows(path), str(path), "line", limit)
     else:
         yield from _line_chunks(path, limit, chunk_bytes)

@@ -27,6 +27,8 @@ _READS = {
     "esnli": ("a premise and a hypothesis", "entailment, neutral or contradiction"),
     "chain_sum": ("a sum or a difference", "the number"),
 }
+_PAIR = re.compile(r"\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}")
+"""A character beyond the first 65,536 as JSON writes it in ASCII; Python would read two halves."""
 _LABELS = {
     "gold": "the gold answers",
     "teacher_vote": "the answer that most of the teacher's samples give",
@@ -105,12 +107,12 @@ def _values(
         "simulated": data["simulated"] and rationales,
         "train": data["train"],
         "held_out": data["held_out"],
-        "wrong_votes": data["train"]["wrongly_voted"] or 0,
+        "wrong_votes": (data["train"]["wrongly_voted"] or 0) if _learns_the_vote(config) else 0,
         "reads": reads,
         "writes": writes,
         "source": _source(config),
-        "labels": _LABELS[config.labels],
-        "positives": _POSITIVES[config.positives],
+        "labels": _LABELS["teacher_sample" if single else config.labels],
+        "positives": _POSITIVES[config.positives if config.is_contrastive else "first"],
         "rationales": rationales,
         "explains": rationales and not single,
         "single": single,
@@ -260,17 +262,26 @@ def _code(config: ExperimentConfig, prompting: Prompting, question: str) -> dict
         options = ", add_special_tokens=False"
         request["add_special_tokens"] = False
     return {
-        "predict": Markup(_literal(predict)),
-        "explain": Markup(_literal(explain)),
-        "text": Markup(f"text + {_literal(prompting.ending)}" if prompting.ending else "text"),
+        "predict": Markup(_python(predict)),
+        "explain": Markup(_python(explain)),
+        "text": Markup(f"text + {_python(prompting.ending)}" if prompting.ending else "text"),
         "options": Markup(options),
         "request": Markup(_literal(request)),
         "shell": Markup(f'"{question}"' if _PLAIN_IN_SHELL.fullmatch(question) else '"QUESTION"'),
     }
 
 
+def _learns_the_vote(config: ExperimentConfig) -> bool:
+    return config.is_contrastive and config.positives == "vote"
+
+
+def _python(text: str) -> str:
+    """A text as a Python literal in a code block."""
+    return _PAIR.sub(lambda pair: f"\\U{ord(json.loads(f'{chr(34)}{pair[0]}{chr(34)}')):08x}", _literal(text))
+
+
 def _literal(value: Any) -> str:
-    """A value as JSON that is Python too, in a code block and in single quotes of a shell: ASCII, no ', no `."""
+    """A value as JSON in a code block and in single quotes of a shell: ASCII, no ', no `."""
     text = json.dumps(value).replace("'", "\\u0027").replace("`", "\\u0060")
     # The prompts' own marks stay readable.
     for mark in (PREDICT, EXPLAIN):

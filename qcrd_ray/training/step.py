@@ -132,6 +132,8 @@ def _plan(
     negative_mask = _mask([[bool(ids) for ids in c.negatives] for c in found]).to(device)
     losses.negatives_used = int(negative_mask.sum())
     losses.negatives_empty = sum(not ids for c in found for ids in c.negatives)
+    if config.is_contrastive:
+        losses.with_negative = int(negative_mask.any(1).sum())
     if not config.is_contrastive or config.scheme not in CHOOSING_SCHEMES:
         first = positive_mask.any(1).long() - 1 if positive_mask.shape[1] else _none(len(found), device)
         return Plan(positive_mask, negative_mask, Choice(first, _none(len(found), device)))
@@ -150,7 +152,6 @@ def _plan(
         losses.choices_kept = int(is_kept.sum())
         chosen = torch.where(is_kept, NONE, choice.positive).tolist()
         kept.keep([row.row for row in batch.rows], chosen, iteration, batch.global_size)
-    losses.with_negative = int((choice.negative >= 0).sum())
     if not student.has_dropout and choice.negative.numel() and negative_ce.shape[1]:
         # Without dropout the choice pass gave the value that the loss would have: a negative at rest has no gradient.
         picked = negative_ce.gather(1, choice.negative.clamp_min(0).unsqueeze(1)).squeeze(1)

@@ -50,6 +50,12 @@ from qcrd_ray.sampling.teacher_engine import Prompt
         ("Neither explanation is better.", "TIE"),
         ("Both explanations are equally good.", "TIE"),
         ("Better: A\nBetter: A", "A"),
+        ("Better: a tie", "TIE"),
+        ("Better: A TIE.", "TIE"),
+        ("A tie", "TIE"),
+        ("Better: A because it shows its steps", "A"),
+        ("Better: A - it is shorter", "A"),
+        ("Better: **A** is right", "A"),
         # Nothing that can be read as one verdict:
         ("", None),
         ("Better: A or B", None),
@@ -60,6 +66,10 @@ from qcrd_ray.sampling.teacher_engine import Prompt
         ("Better: A\nBetter: B", None),
         ("Explanation A is better. Explanation B is better.", None),
         ("Better: C", None),
+        ("Better: A good explanation is one that shows its steps.", None),
+        ("Better: a bit of both", None),
+        ("Better: A=B", None),
+        ("Better: A-level reasoning", None),
         ("A bicycle has two wheels.", None),
         ("Explanation A is not better.", None),
         ("Better: Apples", None),
@@ -99,7 +109,7 @@ def test_counts_of_a_table_made_by_hand() -> None:
     pairs = (
         [Judged("a", "a")] * 4
         + [Judged("b", "b")]
-        + [Judged("tie", "tie", identical=True)] * 2
+        + [Judged(None, None, identical=True)] * 2
         + [Judged("a", "b")] * 3  # the first place, both times
         + [Judged("b", "a")]  # the second place, both times
         + [Judged("tie", "a")]
@@ -115,14 +125,14 @@ def test_counts_of_a_table_made_by_hand() -> None:
         "unjudged": 2,
     }
     assert counts["identical"] == 2
-    assert counts["a_first"] == {"a": 7, "tie": 3, "b": 2, "none": 2}
-    assert counts["b_first"] == {"a": 8, "tie": 2, "b": 4, "none": 0}
-    assert counts["agreement"] == pytest.approx(7 / 12)
+    assert counts["a_first"] == {"a": 7, "tie": 1, "b": 2, "none": 2}
+    assert counts["b_first"] == {"a": 8, "tie": 0, "b": 4, "none": 0}
+    assert counts["agreement"] == pytest.approx(5 / 10)
     # First place: a where A is first (7), b where B is first (4); second: b (2), a (8).
     assert counts["first_place_share"] == pytest.approx(11 / 21)
-    # Chance: a 7/12 * 6/12, tie 3/12 * 2/12, b 2/12 * 4/12.
-    chance = (7 * 6 + 3 * 2 + 2 * 4) / 144
-    assert counts["kappa"] == pytest.approx((7 / 12 - chance) / (1 - chance))
+    # Chance: a 7/10 * 6/10, tie 1/10 * 0/10, b 2/10 * 4/10.
+    chance = (7 * 6 + 1 * 0 + 2 * 4) / 100
+    assert counts["kappa"] == pytest.approx((5 / 10 - chance) / (1 - chance))
     assert counts["sign_test_p"] == pytest.approx(2 * (1 + 5) / 32)
     nothing = count([Judged(None, None)])
     assert [nothing[key] for key in ("agreement", "kappa", "first_place_share", "sign_test_p")] == [None] * 4

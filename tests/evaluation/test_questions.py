@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -116,6 +117,30 @@ def test_tables(tmp_path: Path) -> None:
         read(tmp_path / "nowhere")
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         read(tmp_path)
+
+
+def test_the_ending_of_a_table_may_be_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "a.CSV").write_text("id,question\nx,a\n", encoding="utf-8")
+    [found] = read(tmp_path / "a.CSV")
+    assert isinstance(found, Asked) and found.question == "a"
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("q.tsv", "id\tquestion\nx\ta\n", "q.tsv: .tsv is not read; expected .csv, .parquet, .jsonl or a question a line"),
+    ("q.json", '[{"question": "a"},\n{"question": "b"}]\n', "q.json:1: a JSON array; expected a JSON object a line"),
+    ("q.json", '[\n  {"question": "a"}\n]\n', "q.json:1: a JSON array"),
+])  # fmt: skip
+def test_what_no_question_looks_like_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(message)):
+        read(tmp_path / name)
+    assert len(read(tmp_path / name, "lines")) == content.count("\n")
+
+
+def test_a_question_may_begin_with_a_bracket(tmp_path: Path) -> None:
+    (tmp_path / "q.txt").write_text("[3, 4]: which is larger?\n", encoding="utf-8")
+    [found] = read(tmp_path / "q.txt")
+    assert isinstance(found, Asked) and found.question == "[3, 4]: which is larger?"
 
 
 def test_a_file_is_cut_into_whole_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

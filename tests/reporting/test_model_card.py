@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -76,6 +77,32 @@ def test_the_body_says_what_came_of_it() -> None:
     assert "behind `The answer is:`" in card("single_task")
     assert "add_special_tokens=False" in card("qcrd", Prompting(False, special_tokens=False))
     assert 'tokenizer(text + "\\u003c/s\\u003e", return_tensors' in card("qcrd", Prompting(True, False, "</s>"))
+
+
+def test_what_was_learned_is_told_by_the_method() -> None:
+    first, vote = (
+        "* Positives: the teacher's first sample.",
+        "* Positives: the teacher's samples whose answer is the most",
+    )
+    learned = "their rationales were learned all the same"
+    for method in ("dss", "mi", "single_task"):
+        text = card(method)
+        assert first in text and vote not in text and learned not in text, method
+    for method in ("qcrd", "mi+qcrd"):
+        assert vote in card(method) and learned in card(method), method
+    assert learned not in card("qcrd", CAUSAL, "positives=gold")
+    assert "* Labels: the answer of the teacher's first sample." in card("single_task")
+    assert "* Labels: the gold answers." in card("dss")
+
+
+def test_pythons_texts_are_pythons() -> None:
+    config = student_config("llama-tiny", "qcrd")
+    result = result_of_a_run(config)
+    asked = "Is 😀 \\ud83d\\ude00 é ' or \""
+    examples = [{**example, "question": asked} for example in result["examples"]]
+    text = model_card(config, {**result, "examples": examples}, CAUSAL, None)
+    literals = [ast.literal_eval(found) for found in re.findall(r'"<Predict>(?:[^"\\]|\\.)*"', text)]
+    assert [found for found in literals if asked in found and found.encode()]
 
 
 def test_texts_from_outside_stay_texts() -> None:

@@ -95,9 +95,11 @@ class Naive:
         return -(q * (p.exp() / p.exp().sum()).log()).sum()
 
 
-def by_hand(config: ExperimentConfig, model: Any) -> tuple[Tensor, Tensor]:
-    """(loss, its part of the mutual information) of the batch: equations (3) to (8), and the baselines."""
+def by_hand(config: ExperimentConfig, model: Any) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """(loss, its part of the mutual information) of the batch: equations (3) to (8), and the baselines; (questions with
+    a negative, those of them whose negative, for the means any, lies within the margin)."""
     naive, alpha, total, coupled = Naive(model), 0.5, torch.zeros(()), torch.zeros(())
+    with_negative = active = 0
     judged = config.judge.enabled
     for row, sampled in zip(rows(), SAMPLED, strict=True):
         total = total + alpha * naive.ce(row.predict, row.label)
@@ -130,10 +132,13 @@ def by_hand(config: ExperimentConfig, model: Any) -> tuple[Tensor, Tensor]:
         if far_at:
             beyond = [(far[i][0] - MARGIN).clamp(max=0) * (far[i][1] if weighted else 1) for i in far_at]
             negative = torch.stack(beyond).sum() / len(far_at)
+            with_negative += 1
+            active += any(float(far[i][0]) < MARGIN for i in far_at)
         total = total + alpha * (positive - BETA * negative)
         if config.method == "mi+qcrd":
             coupled = coupled + sum(naive.mutual_information(row, row.positives[i]) for i in near_at) / len(near_at)
-    return (total + config.loss.alpha_mutual_information * coupled) / BATCH, coupled / BATCH
+    loss = (total + config.loss.alpha_mutual_information * coupled) / BATCH
+    return loss, coupled / BATCH, (with_negative, active)
 
 
 CASES: list[dict[str, Any]] = [
@@ -185,10 +190,11 @@ def test_a_method_gives_the_loss_of_its_formula(case: dict[str, Any], family: st
     config = config_of(case)
     losses, gradients = trained(family, config)
     network = tiny_student(family)
-    expected, coupled = by_hand(config, network.model)
+    expected, coupled, negatives = by_hand(config, network.model)
     expected.backward()
-    assert losses.total / BATCH == pytest.approx(float(expected), abs=1e-5)
-    assert losses.mutual_information / BATCH == pytest.approx(float(coupled), abs=1e-5)
+    assert (losses.with_negative, losses.active) == negatives
+    assert losses.total / BATCH == pytest.approx(expected.item(), abs=1e-5)
+    assert losses.mutual_information / BATCH == pytest.approx(coupled.item(), abs=1e-5)
     for name, parameter in network.named_parameters():
         if parameter.grad is not None:
             assert torch.allclose(gradients[name], parameter.grad, atol=2e-6, rtol=1e-4), name
