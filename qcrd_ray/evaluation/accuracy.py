@@ -10,6 +10,7 @@ from typing import Any
 
 from qcrd_ray.config import ExperimentConfig
 from qcrd_ray.errors import UserError
+from qcrd_ray.models.exported import as_trained
 from qcrd_ray.models.named import check_student
 from qcrd_ray.rationales.sources import read_rows, splits_available
 from qcrd_ray.run_folder import write_text_atomic
@@ -24,6 +25,8 @@ TOGETHER = 512
 def evaluate(config: ExperimentConfig) -> dict[str, Any]:
     """Score `student.model` on `evaluation.split`; with `output`, write each prediction to a JSONL file there.
 
+    A folder that training left is asked by its own method and lengths, others by the config's.
+
     Raises:
         UserError: no such split or student; a split in which no question has a gold answer.
     """
@@ -36,6 +39,7 @@ def evaluate(config: ExperimentConfig) -> dict[str, Any]:
     elif model.startswith("scratch:"):
         raise UserError(f"config key student.model: {model} has learned nothing; give the folder of a trained student")
     check_student(model, config.student)
+    config = as_trained(config, model)
     split = config.evaluation.split
     available = splits_available(config)
     if split not in available:

@@ -19,9 +19,9 @@ from qcrd_ray.evaluation.own_process import in_own_process
 from qcrd_ray.evaluation.student_rationales import (
     Written,
     choose_rows,
+    explaining_student,
     gold_of,
     sample_student,
-    student_folder,
 )
 from qcrd_ray.rationales.schema import Question
 from qcrd_ray.run_folder import write_text_atomic
@@ -71,7 +71,7 @@ def compare(config: ExperimentConfig) -> dict[str, Any]:
             f"config key teacher.engine: {config.teacher.engine} judges nothing; expected {', '.join(LIVE)}"
         )
     folders = {
-        key: student_folder(config, f"comparison.{key}", _named(getattr(settings, key), key))
+        key: explaining_student(config, f"comparison.{key}", _named(getattr(settings, key), key))
         for key in ("student_a", "student_b")
     }
     judge = LiveTeacher(judging(config))

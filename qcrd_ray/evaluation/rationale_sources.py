@@ -14,7 +14,13 @@ from typing import Any
 from qcrd_ray.config import ExperimentConfig
 from qcrd_ray.errors import UserError
 from qcrd_ray.evaluation.quality import Measured, Rationale, diversity, measure, summarise
-from qcrd_ray.evaluation.student_rationales import choose_rows, gold_of, sample_student, student_folder
+from qcrd_ray.evaluation.student_rationales import (
+    choose_rows,
+    explaining_student,
+    gold_of,
+    sample_student,
+    student_folder,
+)
 from qcrd_ray.rationales.columns import UNNAMED_TEACHER
 from qcrd_ray.rationales.raw_chunks import chunk_rows, file_chunks
 from qcrd_ray.rationales.schema import Question
@@ -54,7 +60,7 @@ def measure_quality(config: ExperimentConfig) -> dict[str, Any]:
     of_teacher = settings.of in ("teacher", "both")
     folder = None
     if settings.of in ("student", "both"):
-        folder = student_folder(config, "student.model", config.student.model)
+        folder = explaining_student(config, "student.model", config.student.model)
     rows = choose_rows(config, config.evaluation.split, settings.questions, settings.seed, samples=of_teacher)
     sources: list[Source] = []
     if of_teacher:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qcrd_ray.config import ExperimentConfig
 from qcrd_ray.errors import UserError
+from qcrd_ray.models.exported import as_trained
 from qcrd_ray.rationales.schema import Question
 from qcrd_ray.rationales.sources import SourceRow, read_rows, splits_available
 from qcrd_ray.sampling.engine import Generation, Request, SamplingEngine, SamplingParameters, start_engine
@@ -87,6 +88,14 @@ def student_folder(config: ExperimentConfig, key: str, model: str) -> str:
     return model
 
 
+def explaining_student(config: ExperimentConfig, key: str, model: str) -> str:
+    """`student_folder` of a student that writes rationales. Raises UserError for one that has learned none, too."""
+    folder = student_folder(config, key, model)
+    if as_trained(config, folder).method == "finetune":
+        raise UserError(f"config key {key}: {model} was trained by finetune, which learns no rationales; give another")
+    return folder
+
+
 def sample_student(
     config: ExperimentConfig,
     model: str,
@@ -103,10 +112,10 @@ def sample_student(
     A rationale depends on the student, the question, the temperature, its number and the seed, on nothing else.
 
     Args:
-        model: as `student_folder` gives it.
+        model: as `student_folder` gives it. How it is asked is what its folder says, else what `config` does.
         labels: whether the student's greedy label of each question is wanted too.
     """
-    config = with_student(config, model)
+    config = as_trained(with_student(config, model), model)
     engine = start_engine(engine_spec(config, model))
     try:
         task, tokenizer = get_task(config), load_tokenizer(model, config.student)

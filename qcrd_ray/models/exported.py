@@ -73,6 +73,22 @@ class ExportedStudent(Section):
         return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
 
 
+def as_trained(config: ExperimentConfig, model: str) -> ExperimentConfig:
+    """A config that asks a student as it was trained: by the method and lengths of its folder, where that has them.
+
+    Raises:
+        UserError: the folder's `qcrd_ray.json` is not what it should be.
+    """
+    folder = Path(model)
+    if not (folder / STUDENT_FILE).is_file():
+        return config
+    own = read_exported(folder)
+    lengths = {"max_input_tokens": own.max_input_tokens, "max_rationale_tokens": own.max_rationale_tokens}
+    evaluation = config.evaluation.model_copy(update={"max_new_tokens": own.max_label_tokens})
+    student = config.student.model_copy(update=lengths)
+    return config.model_copy(update={"method": own.method, "student": student, "evaluation": evaluation})
+
+
 def read_exported(folder: Path, config: ExperimentConfig | None = None) -> ExportedStudent:
     """Read a student folder's `qcrd_ray.json`.
 
