@@ -77,6 +77,9 @@ class TrainEngine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, config=settings, dist_init_required=False
         )
+        if self.stage == 0 and dist.get_world_size() == 1:
+            # There is nobody to take a mean with, and DeepSpeed would copy all gradients there and back.
+            self.engine.enable_backward_allreduce = False
         self.engine.train(True)  # a network that was loaded is in evaluation mode
         self.adam: torch.optim.AdamW = getattr(self.optimizer, "optimizer", self.optimizer)
 
