@@ -77,6 +77,10 @@ OTHERS = ("Scores in training", "Active negatives")
 SPEED = ("Throughput", "Waiting for negatives")
 
 
+PARTS = ("loss_positive", "loss_negative")
+"""Recorded as 0 at all steps where a method's loss has no such part."""
+
+
 def over_steps(runs: Sequence[RunRecord], titles: Iterable[str]) -> list[Drawing]:
     """The panels of these titles for which a run has values."""
     drawings = []
@@ -85,7 +89,7 @@ def over_steps(runs: Sequence[RunRecord], titles: Iterable[str]) -> list[Drawing
         for number, run in enumerate(runs):
             for place, (column, name) in enumerate(panel.columns):
                 curve = downsample(run.column("step") + 1, _values(run, column))
-                if curve is not None and (column != "loss_negative" or np.any(curve.low != 0)):
+                if curve is not None and (column not in PARTS or np.any(curve.low != 0)):
                     found.append(
                         (number, place, " ".join(filter(None, (run.label if len(runs) > 1 else "", name))), curve)
                     )

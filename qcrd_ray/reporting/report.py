@@ -170,19 +170,20 @@ def _facts(run: RunRecord) -> Facts:
     counts, config = run.counts or {}, run.raw_config
     before, after, split, n = (accuracy.get(key) for key in ("before", "after", "split", "n"))
     if not accuracy:  # of a run under way, as far as it is evaluated
-        here = [e for e in run.evaluations if e["split"] == run.split]
-        before = next((e["accuracy"] for e in here if e["step"] == 0), None)
         last = next((e for e in reversed(run.evaluations) if e["step"] > 0), None)
         after, split, n = (last["accuracy"], last["split"], last["n"]) if last else (None, run.split, None)
+        before = next((e["accuracy"] for e in run.evaluations if e["step"] == 0 and e["split"] == split), None)
     low, high = interval(after, n) if after is not None and n else (None, None)
     seconds, waits = run.column("seconds"), run.column("wait_seconds")
     trained = float(np.nansum(seconds)) if run.step_count else 0.0
     speed = float(np.nansum(run.column("tokens"))) / trained if trained else None
     stalled = float(np.nansum(waits[1:])) if run.step_count > 1 else None
-    lag = None
-    if negatives.get("lag_max") is not None:
-        least, most = negatives.get("lag_min"), negatives["lag_max"]
-        lag = str(most) if least == most else f"{least} to {most}"
+    used, lags = negatives.get("used", int(np.nansum(run.column("negatives")))), run.column("lag")
+    seen = lags[np.isfinite(lags)]
+    least, most = negatives.get("lag_min"), negatives.get("lag_max")
+    if "lag_max" not in negatives and len(seen):
+        least, most = int(seen.min()), int(seen.max())
+    lag = None if most is None else str(most) if least == most else f"{least} to {most}"
     busy = sampler.get("busy_seconds")
     best = run.best
     return Facts(
@@ -209,7 +210,7 @@ def _facts(run: RunRecord) -> Facts:
         warmup_seconds=negatives.get("warmup_seconds", _first(waits)),
         seconds=result.get("seconds", trained or None),
         active_fraction=negatives.get("active_fraction", _mean(run.column("active_fraction"))),
-        negatives_used=negatives.get("used"),
+        negatives_used=used,
         lag=lag,
         sampler_tokens_per_second=sampler.get("tokens", 0) / busy if busy else None,
     )

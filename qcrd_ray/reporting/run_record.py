@@ -326,8 +326,11 @@ def _read_observations(run: RunFolder, record: RunRecord) -> None:
     table = _parquet(run, OBSERVATIONS, OBSERVATIONS_SCHEMA.names)
     record.observed = table.to_pylist() if table is not None else []
     if not record.observed:
-        off = record.raw_config.get("evaluation.observed") == 0
-        reason = "evaluation.observed is 0" if off else f"no {OBSERVATIONS}, which a run writes once it is trained"
+        reason = f"no {OBSERVATIONS}, which a run writes once it is trained"
+        if record.raw_config.get("method") == "finetune":
+            reason = "a student that finetune trains writes no rationales"
+        elif record.raw_config.get("evaluation.observed") == 0:
+            reason = "evaluation.observed is 0"
         record.missing.append(f"No rationales at several temperatures and no scores: {reason}.")
     elif all(row["score"] is None for row in record.observed):
         record.missing.append("The run has no discriminator: no scores.")

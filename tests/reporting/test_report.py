@@ -214,6 +214,18 @@ def test_a_run_under_way_says_what_is_missing(tmp_path: Path) -> None:
     assert "The run is not complete: 40 of 40 steps so far, no result.json." in page.words
     assert "No rationales at several temperatures and no scores: no observations/rationales.parquet" in page.words
     assert "Losses" in page.said and "Questions" in page.said
+    assert "of 320 negatives" in page.words and "iterations of lag" in page.words and "stall: 0.4 s" in page.words
+
+
+def test_before_and_after_of_a_run_under_way_are_of_one_split(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    (tmp_path / "run" / "result.json").unlink()
+    file = tmp_path / "run" / "evaluations" / "summary.json"
+    one = json.loads(file.read_text())[0]
+    found = [("test", 0, 0.3), ("valid", 0, 0.1), ("valid", 20, 0.2)]
+    file.write_text(json.dumps([{**one, "split": s, "step": n, "accuracy": a, "n": 50} for s, n, a in found]))
+    words = page_of(run).words
+    assert "20.0 % accuracy on 50 of valid" in words and "10.0 % before training" in words
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
@@ -242,7 +254,22 @@ def test_a_run_without_a_discriminator_and_one_without_rationales(tmp_path: Path
     assert "One question at several temperatures" in page.said
     run = write_run(tmp_path, "finetune", overrides=("method=finetune", "evaluation.observed=0"))
     run.remove("observations")
+    assert "no scores: a student that finetune trains writes no rationales" in page_of(run).words
+    run = write_run(tmp_path, "unobserved", overrides=("evaluation.observed=0",))
+    run.remove("observations")
     assert "no scores: evaluation.observed is 0" in page_of(run).words
+
+
+def test_a_part_that_a_method_has_not_is_no_curve_at_zero(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    file = tmp_path / "run" / "metrics.jsonl"
+    assert {"Positive part", "Negative part"} <= {
+        drawing.title for drawing in charts.over_steps([read_run(run)], charts.LOSSES)
+    }
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**row, "loss_positive": 0.0, "loss_negative": 0.0}) + "\n" for row in rows))
+    titles = {drawing.title for drawing in charts.over_steps([read_run(run)], charts.LOSSES)}
+    assert "Label" in titles and not titles & {"Positive part", "Negative part"}
 
 
 def test_a_config_of_another_version_is_shown_as_it_was_written(tmp_path: Path) -> None:
