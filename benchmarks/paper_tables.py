@@ -109,14 +109,17 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
     """The table, in Markdown."""
     axes = list(found["points"][0]["labels"])
     yield f"{found['title']} ({found['source']})\n"
-    yield f"| {' | '.join(axes)} | test accuracy, 95 % over seeds | difference | active negatives | s a run |"
-    yield "|---" * (len(axes) + 4) + "|"
+    columns = ["test accuracy, 95 % over seeds", "difference", "teacher's samples right", "votes right"]
+    yield f"| {' | '.join([*axes, *columns])} | active negatives | s a run |"
+    yield "|---" * (len(axes) + 6) + "|"
     for point in found["points"]:
         own = [row for row in found["trials"] if row["point"] == point["point"] and row["accuracy"] is not None]
         labels = [point["labels"][axis] for axis in axes]
         half = "" if point["low"] is None else f" ± {(point['high'] - point['low']) / 2:.3f}"
         active = [row["active_fraction"] for row in own if row["negatives_used"]]
-        cells = [*labels, f"{point['mean']:.3f}{half}", _difference(point), _mean(active, ".2f")]
+        teacher = [[row[key] for row in own if row[key] is not None] for key in ("teacher_accuracy", "vote_accuracy")]
+        right = [_mean(values, ".3f") for values in teacher]
+        cells = [*labels, f"{point['mean']:.3f}{half}", _difference(point), *right, _mean(active, ".2f")]
         yield f"| {' | '.join(cells)} | {_mean([row['seconds'] for row in own], '.0f')} |"
 
 

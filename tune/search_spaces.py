@@ -39,6 +39,8 @@ SPACES: dict[str, tuple[Axis, ...]] = {
                 Choice("dss, teacher_sample", {"method": "dss", "labels": "teacher_sample"}),
                 Choice("mi, teacher_sample", {"method": "mi", "labels": "teacher_sample"}),
                 Choice("qcrd, teacher_vote", {"method": "qcrd", "labels": "teacher_vote"}),
+                Choice("dss, gold", {"method": "dss", "labels": "gold"}),
+                Choice("qcrd, gold", {"method": "qcrd", "labels": "gold"}),
             ),
             "qcrd, teacher_vote",
             "table 3",

@@ -27,6 +27,8 @@ class TrialRow:
         accuracy, n, split: what is reported of a finished trial; else None, 0 and "".
         valid_accuracy: the best on the validation split, where there is one besides.
         step: of the student that is reported; of a stopped trial, where it was stopped.
+        teacher_accuracy, vote_accuracy: share of the teacher's samples, and of their votes, that are right, of the
+            training questions with a gold answer.
         teacher_sampled: samples that this trial asked the teacher for.
         judge_reused: whether its discriminator was pretrained by another trial; None without one.
     """
@@ -53,6 +55,8 @@ class TrialRow:
     active_fraction: float | None = None
     stall_fraction: float | None = None
     train_tokens_per_second: float | None = None
+    teacher_accuracy: float | None = None
+    vote_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,8 @@ def row_of(trial: Trial, result: Mapping[str, Any]) -> TrialRow:
         active_fraction=negatives["active_fraction"],
         stall_fraction=negatives["stall_fraction"],
         train_tokens_per_second=result["train_tokens_per_second"],
+        teacher_accuracy=result["data"]["train"]["single_sample_accuracy"],
+        vote_accuracy=result["data"]["train"]["vote_accuracy"],
     )
 
 

@@ -27,11 +27,13 @@ def plan_of(folder: Path | str, space: Any, config: dict[str, Any] | None = None
 def result(accuracy: float, split: str = "test", valid: float | None = None) -> dict[str, Any]:
     evaluations = [{"split": "test", "step": 10, "accuracy": accuracy}]
     evaluations += [{"split": "valid", "step": 10, "accuracy": valid}] if valid is not None else []
+    train = {"single_sample_accuracy": 0.75, "vote_accuracy": 0.9}
     return {
         "accuracy": {"after": accuracy, "before": 0.0, "n": 4, "split": split, "step": 10},
         "evaluations": evaluations, "seconds": 1.0, "steps": 10, "train_tokens_per_second": 1.0,
         "judge": {"pretrained_steps": 0, "reused": False}, "teacher": {"sampled": 0, "reused": 0},
-        "data": {"simulated": True}, "negatives": {"used": 0, "active_fraction": 0.0, "stall_fraction": 0.0},
+        "data": {"simulated": True, "train": train},
+        "negatives": {"used": 0, "active_fraction": 0.0, "stall_fraction": 0.0},
     }  # fmt: skip
 
 
@@ -75,6 +77,7 @@ def test_accuracy_on_valid_is_only_that(tmp_path: Path) -> None:
     assert [(row.accuracy, row.valid_accuracy) for row in plan.rows()] == [(0.5, 0.75), (0.25, None)]
     assert plan.finished() == {one: 0.75, two: 0.25}
     assert all(row.teacher_simulated for row in plan.rows())
+    assert {(row.teacher_accuracy, row.vote_accuracy) for row in plan.rows()} == {(0.75, 0.9)}
 
 
 def test_a_trial_whose_student_was_not_made_says_so(tmp_path: Path) -> None:
