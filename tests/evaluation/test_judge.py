@@ -304,11 +304,16 @@ def test_two_students_and_a_judge_for_real(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "out" / PAIRS).read_text().splitlines()]
     assert [one["temperature"] for one in result["comparisons"]] == [0.0, 0.7]
     assert len(lines) == 6 and len({line["id"] for line in lines}) == 3
-    assert all(isinstance(line[raw], str) for line in lines for raw in ("raw_a_first", "raw_b_first"))
+    asked = [line for line in lines if line["rationale_a"] != line["rationale_b"]]
+    for line in lines:  # of two that are equal no judge is asked
+        for raw in ("raw_a_first", "raw_b_first"):
+            assert isinstance(line[raw], str) if line in asked else line[raw] is None
+    assert asked and all(line["outcome"] == "tie" for line in lines if line not in asked)
     for one in result["comparisons"]:
         assert one["a_better"] + one["tie"] + one["b_better"] + one["unjudged"] == one["pairs"] == 3
         for order in ("a_first", "b_first"):
-            assert sum(one[order].values()) == 3
+            assert sum(one[order].values()) == 3 - one["identical"]
+    assert sum(one["identical"] for one in result["comparisons"]) == len(lines) - len(asked)
     # A judge with random weights says nothing that can be read: it is counted as such, never as a tie.
     assert sum(one["unjudged"] for one in result["comparisons"]) == sum(line["outcome"] is None for line in lines) > 0
 
@@ -322,4 +327,5 @@ def test_two_students_and_a_judge_for_real(tmp_path: Path) -> None:
     assert sum(one["a_better"] + one["tie"] + one["b_better"] for one in again["comparisons"]) == 6
     second = [json.loads(line) for line in (tmp_path / "out" / PAIRS).read_text().splitlines()]
     assert [line["rationale_a"] for line in second] == [line["rationale_a"] for line in lines]
-    assert all(line["raw_a_first"] in ("Better: A", "B") for line in second)
+    texts_of = {line["raw_a_first"] for line in second if line["rationale_a"] != line["rationale_b"]}
+    assert texts_of and texts_of <= {"Better: A", "B"}
