@@ -11,8 +11,12 @@ VOCABULARY = 61
 TOKENIZER: Any = SimpleNamespace(pad=0, end=1)
 
 
-def tiny_student(family: str, vocabulary: int = VOCABULARY, seed: int = 0) -> Any:
-    """A T5, MT5, UMT5, BART, Llama (tied embeddings) or Qwen2. A width of 63 divides into no number of shards."""
+def tiny_student(family: str, vocabulary: int = VOCABULARY, seed: int = 0, **settings: Any) -> Any:
+    """A T5, MT5, UMT5, BART, Llama (tied embeddings) or Qwen2. A width of 63 divides into no number of shards.
+
+    Args:
+        settings: of Qwen2.
+    """
     import transformers
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -40,4 +44,6 @@ def tiny_student(family: str, vocabulary: int = VOCABULARY, seed: int = 0) -> An
     )  # fmt: skip
     if family == "llama":
         return CausalStudent(LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)), TOKENIZER)
-    return CausalStudent(Qwen2ForCausalLM(Qwen2Config(**shape)), TOKENIZER)
+    if "sliding_window" in settings:
+        settings |= {"use_sliding_window": True, "max_window_layers": 0}
+    return CausalStudent(Qwen2ForCausalLM(Qwen2Config(**shape, **settings)), TOKENIZER)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from qcrd_ray.errors import UserError
 from qcrd_ray.models.student import Item, Student, cut_into_passes
 from tests.tiny_students import tiny_student
 
@@ -63,6 +64,35 @@ def test_shared_prompts_give_the_naive_losses_and_gradients(family: str, seed: i
     assert naive.keys() == shared.keys()
     for name in naive:
         torch.testing.assert_close(shared[name], naive[name], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("window", [1, 3, 8])
+def test_a_sliding_window_counts_from_the_prompt_on(window: int) -> None:
+    student, items = tiny_student("qwen2", VOCABULARY, sliding_window=window), make_items(window)
+    expected = torch.stack([naive_ce(student, item.prompt, t) for item in items for t in item.targets])
+    torch.testing.assert_close(student(items), expected, atol=1e-5, rtol=0)
+    whole = make_student("qwen2")(items)
+    assert (whole - expected).abs().max() > 1e-3  # the window hides something
+
+
+def test_a_causal_student_is_its_network_to_everybody_else() -> None:
+    student, plain = make_student("llama"), make_student("llama").model
+    plain.set_attn_implementation("sdpa")
+    ids = torch.randint(3, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0] * 4 + [1] * 5, [1] * 9, [0] + [1] * 8])
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    found, expected = student.model(**inputs).logits, plain(**inputs).logits
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()])
+    generated = [network.generate(**inputs, max_new_tokens=6, do_sample=False) for network in (student.model, plain)]
+    assert generated[0].tolist() == generated[1].tolist()
+
+
+def test_a_model_with_layers_that_do_not_attend_is_refused() -> None:
+    """They would carry what one target says to the next."""
+    student = make_student("llama")
+    student.model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(UserError, match="student.model: LlamaForCausalLM: 1 of 2 layers attend"):
+        student(make_items(0))
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
