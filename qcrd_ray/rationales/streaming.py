@@ -88,12 +88,52 @@ class StreamSpec:
 
 
 def stream_batches(spec: StreamSpec, start_step: int, max_steps: int) -> Iterator[StepBatch]:
-    """Batches of the steps start_step..max_steps-1 for one worker, tokenized ahead of the training step."""
-    with _BlocksAhead(spec, range(start_step, max_steps)) as blocks:
-        for block in blocks:
-            for step in ray.get(block).to_pylist():
-                rows = [TrainingRow(**row) for row in step.pop("rows")]
-                yield StepBatch(rows=rows, **step)
+    """Batches of the steps start_step..max_steps-1 for one worker, tokenized ahead of the training step.
+
+    The first block is asked for at once, and each one turned into batches while those of the one before it are used.
+    """
+    blocks = _BlocksAhead(spec, range(start_step, max_steps))
+    ahead = _one_ahead(map(_batches, blocks))
+
+    def batches() -> Iterator[StepBatch]:
+        with blocks:
+            for found in ahead:
+                yield from found
+
+    return batches()
+
+
+def _batches(block: Any) -> list[StepBatch]:
+    steps = ray.get(block).to_pylist()
+    return [StepBatch(rows=[TrainingRow(**row) for row in step.pop("rows")], **step) for step in steps]
+
+
+def _one_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+    """The same items. Each is asked for, in a thread, when the one before it is handed out; the first one at once."""
+    end = object()
+
+    def ask() -> Future[Any]:
+        asked: Future[Any] = Future()
+
+        def answer() -> None:
+            try:
+                asked.set_result(next(items, end))
+            except BaseException as error:
+                asked.set_exception(error)
+
+        threading.Thread(target=answer, name="next-batches", daemon=True).start()
+        return asked
+
+    first = ask()
+
+    def handed_out() -> Iterator[_Item]:
+        item = first.result()
+        while item is not end:
+            coming = ask()
+            yield item
+            item = coming.result()
+
+    return handed_out()
 
 
 class _BlocksAhead:
@@ -111,14 +151,16 @@ class _BlocksAhead:
         self._found: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._room = threading.Semaphore(2)
         self._closed = False
+        threading.Thread(target=self._run, name="blocks-ahead", daemon=True).start()
 
     def __enter__(self) -> _BlocksAhead:
-        threading.Thread(target=self._run, name="blocks-ahead", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Ends the thread, and whoever waits for what it finds."""
         self._closed = True
         self._room.release()
+        self._found.put(None)
 
     def __iter__(self) -> Iterator[Any]:
         for _ in self._windows:
@@ -126,6 +168,8 @@ class _BlocksAhead:
                 if isinstance(found, BaseException):
                     raise found
                 yield found
+            if self._closed:
+                return
             self._room.release()
 
     def _run(self) -> None:
@@ -164,27 +208,6 @@ def _dataset(spec: StreamSpec, steps: range, at_once: int | None) -> Any:
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False
     return dataset
-
-
-def begun(items: Iterator[_Item]) -> Iterator[_Item]:
-    """The same items. The first of them is asked for at once, in a thread, so that what it takes is not waited for."""
-    end = object()
-    first: Future[Any] = Future()
-
-    def ask() -> None:
-        try:
-            first.set_result(next(items, end))
-        except BaseException as error:
-            first.set_exception(error)
-
-    threading.Thread(target=ask, name="first-batch", daemon=True).start()
-
-    def rest() -> Iterator[_Item]:
-        if first.result() is not end:
-            yield first.result()
-            yield from items
-
-    return rest()
 
 
 def _steps_source(spec: StreamSpec, start_step: int, max_steps: int) -> Any:

@@ -22,7 +22,7 @@ from qcrd_ray.models.discriminator import Discriminator
 from qcrd_ray.models.named import local_model
 from qcrd_ray.models.student import Student
 from qcrd_ray.rationales.corruption import fill_negatives
-from qcrd_ray.rationales.streaming import StepBatch, StreamSpec, begun, stream_batches
+from qcrd_ray.rationales.streaming import StepBatch, StreamSpec, stream_batches
 from qcrd_ray.rationales.tables import open_rationale_table
 from qcrd_ray.run_folder import INITIAL_JUDGE, JUDGE, Metrics, RunFolder
 from qcrd_ray.run_lock import check_attempt
@@ -90,7 +90,7 @@ def _train(spec: WorkerSpec) -> None:
     model = local_model(run, config.student.model)
 
     progress = newest_progress(run) or Progress(step=0)
-    batches = begun(stream_batches(StreamSpec(run, config, rank, world), progress.step, config.train.max_steps))
+    batches = stream_batches(StreamSpec(run, config, rank, world), progress.step, config.train.max_steps)
     resumed = run.get_folder(checkpoint_name(progress.step), check=False) if progress.step else None
     torch.manual_seed(stable_hash(config.train.seed, "init"))
     student = build_student(model, config.student, _dtype(config), resumed)

@@ -1,0 +1,88 @@
+"""The stream of a worker's batches, on real Ray Data."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcrd_ray.config import load_config
+from qcrd_ray.rationales import streaming
+from qcrd_ray.rationales.streaming import StreamSpec, read_steps, stream_batches
+from qcrd_ray.rationales.tables import prepare_tables
+from qcrd_ray.run_folder import DATA, RunFolder
+from qcrd_ray.sampling.scripted import ScriptedTeacher
+from qcrd_ray.training.initial_models import write_models
+
+STEPS = 70
+
+
+@pytest.fixture
+def spec(ray_session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StreamSpec:
+    monkeypatch.setattr(streaming, "WINDOW_QUESTIONS", 64)  # of two workers with two questions each: 32 steps
+    config = load_config(Path(__file__).parents[2] / "jobs" / "configs" / "tiny.yaml", [f"run.storage_path={tmp_path}"])
+    run = RunFolder(str(tmp_path), "run")
+    run.create()
+    tables = run.working_folder(DATA)
+    tables.mkdir(parents=True, exist_ok=True)
+    prepare_tables(config, tables, ScriptedTeacher(config))
+    write_models(config, run)
+    return StreamSpec(run, config, rank=1, world=2)
+
+
+def started() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name in ("blocks-ahead", "next-batches")]
+
+
+def end_within(seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while started() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not started()
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_the_batches_of_all_steps_come_in_order(spec: StreamSpec, first: int) -> None:
+    batches = list(stream_batches(spec, first, STEPS))
+    assert [batch.step for batch in batches] == list(range(first, STEPS))
+    expected = [step["rows"] for step in read_steps(range(first, STEPS), spec).to_pylist()]
+    assert [[vars(row) for row in batch.rows] for batch in batches] == expected
+    assert {batch.epoch for batch in batches} == {0, 1, 2, 3, 4}  # 64 questions, 4 a step
+    end_within(10)
+
+
+@pytest.mark.parametrize("taken", [1, 20, STEPS - 1])
+def test_a_stream_that_is_left_leaves_nothing_running(spec: StreamSpec, taken: int) -> None:
+    batches = stream_batches(spec, 0, STEPS)
+    for _ in range(taken):
+        next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    end_within(10)
+
+
+def test_what_goes_wrong_in_a_task_is_raised_where_batches_are_taken(spec: StreamSpec) -> None:
+    Path(spec.run.table("train")).unlink()
+    streaming._open.cache_clear()
+    with pytest.raises(Exception, match="train"):
+        next(stream_batches(spec, 0, STEPS))
+    end_within(10)
+
+
+def test_each_item_is_made_while_the_one_before_it_is_used() -> None:
+    asked: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(3):
+            asked.append(number)
+            yield number
+
+    items = streaming._one_ahead(numbers())
+    for expected in range(3):
+        assert next(items) == expected
+        end_within(5)
+        assert asked == list(range(min(expected + 2, 3)))
+    assert list(items) == []
