@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from qcrd_ray.config import JudgeConfig
 from qcrd_ray.errors import UserError
+from qcrd_ray.models.packing import LIKE
 
 EMBEDDED = "embedded:minilm-l6"
 SCRATCH = "scratch:bert-tiny"
@@ -98,7 +99,7 @@ class Discriminator(nn.Module):
     def passes(
         self, questions: Sequence[str], rationales: Sequence[str], tokens_per_pass: int
     ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """Encoded pairs in passes of at most `tokens_per_pass` padded tokens, longest first.
+        """Encoded pairs in passes of at most `tokens_per_pass` padded tokens and of like length, longest first.
 
         A pair above the budget has a pass to itself. The grouping is a function of the texts alone.
 
@@ -110,8 +111,10 @@ class Discriminator(nn.Module):
         rows = self._token_ids(questions, rationales)
         order = sorted(range(len(rows)), key=lambda position: -len(rows[position]))
         while order:
-            count = max(1, tokens_per_pass // len(rows[order[0]]))
-            taken, order = order[:count], order[count:]
+            longest = len(rows[order[0]])
+            fitting = order[: max(1, tokens_per_pass // longest)]
+            taken = [position for position in fitting if len(rows[position]) >= LIKE * longest]
+            order = order[len(taken) :]
             yield taken, self._pad([rows[position] for position in taken])
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 LIKE = 0.75
-"""Sequences at least this share as long as the longest of a group are attended to with it."""
+"""Sequences at least this share as long as the longest of a group are computed with it."""
 
 LEAST = -1e9
 """Added to the score of what must not be attended to."""

@@ -127,6 +127,7 @@ def test_passes_hold_to_their_budget(scratch, problems):
     seen = []
     for positions, batch in scratch.passes(questions, rationales, 300):
         assert batch["input_ids"].numel() <= 300
+        assert batch["attention_mask"].sum(1).min() >= 0.75 * batch["input_ids"].shape[1]
         seen += positions
     assert sorted(seen) == list(range(40))
     assert [len(p) for p, _ in scratch.passes(questions[:3], rationales[:3], 1)] == [1, 1, 1]
