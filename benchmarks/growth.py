@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from figures import figure, write_figures
 from step_data import QUESTIONS, STUDENTS, Setting
 
 BASE = {"m": 5, "k": 1, "length": 104, "workers": 1}
@@ -132,20 +133,26 @@ def main() -> None:
         name, point, rounds, place, rank = arguments.one
         worker(int(rank), name, json.loads(point), int(rounds), place)
         return
-    rounds, results = 1 if arguments.quick else arguments.rounds, {}
+    rounds = 1 if arguments.quick else arguments.rounds
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
     for name in arguments.student:
         for axis in arguments.axis:
             values = AXES[axis][:: len(AXES[axis]) - 1] if arguments.quick else AXES[axis]
             found = {value: one(name, point, rounds) for value, point in points(axis, values)}
-            results[f"{name}/{axis}"] = found
             print(f"\n| {name}, {axis} | {' | '.join(map(str, found))} | slope |")
             print("|---|" + "---:|" * (len(found) + 1))
-            for quantity, form in (("seconds", ".2f"), ("memory", ".0f")):
-                ys = [row[quantity] for row in found.values()]
+            for quantity, form, unit in (("seconds", ".2f", "s"), ("memory", ".0f", "MiB")):
+                ys = [point[quantity] for point in found.values()]
                 cells = [format(y, form) for y in ys]
-                print(f"| {quantity} | {' | '.join(cells)} | {slope(list(found), ys):.3g} |", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"base": BASE, "results": results}, indent=1) + "\n")
+                gain = slope(list(found), ys)
+                print(f"| {quantity} | {' | '.join(cells)} | {gain:.3g} |", flush=True)
+                rows += [figure(f"{name}/{axis}={x}", quantity, [y], unit) for x, y in zip(found, ys, strict=True)]
+                rows.append(figure(f"{name}/{axis}", f"{quantity}_slope", [gain], f"{unit} a unit"))
+            if axis == "m":
+                ratios[f"memory_m20_over_m1/{name}"] = found[20]["memory"] / found[1]["memory"]
+                print(f"memory_m20_over_m1/{name}: {ratios[f'memory_m20_over_m1/{name}']:.2f}", flush=True)
+    write_figures(arguments.json, rows, ratios, base=BASE)
 
 
 if __name__ == "__main__":

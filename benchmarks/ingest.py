@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 import pyarrow as pa
+from figures import figure, write_figures
 
 QUESTIONS_A_STEP, RATIONALES = 8, 5
 WORDS = ("the", "cat", "has", "two", "red", "apples", "and", "sells", "half", "of", "them", "for", "3", "coins")
@@ -141,8 +142,18 @@ def main() -> None:
     found = measure(questions, arguments.step_ms / 1000, seconds)
     for name, value in found.items():
         print(f"{name:24} {json.dumps(value)}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    units = {
+        "table_gib": "GiB",
+        "largest_gib": "GiB",
+        "table_seconds": "s",
+        "first_batch_seconds": "s",
+        "longest_wait_ms": "ms",
+    }
+    rows = [figure(f"{questions} questions", name, [found[name]], unit) for name, unit in units.items()]
+    rows += [figure(name, "memory", [gib], "GiB") for name, gib in found["memory_gib"].items()]
+    write_figures(
+        arguments.json, rows, {"wait_fraction": found["wait"]}, steps=found["steps"], step_ms=found["step_ms"]
+    )
 
 
 if __name__ == "__main__":

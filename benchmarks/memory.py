@@ -28,6 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from figures import figure, write_figures
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "jobs" / "configs"
 FEW_QUESTIONS = ["data.generated.train=64", "data.generated.valid=4", "data.generated.test=4"]
@@ -197,7 +199,7 @@ def measure(preset: str, stage: int, through: str) -> tuple[int, int]:
 
 def rows(case: str, values: dict[str, float], unit: str) -> Iterator[dict[str, Any]]:
     for metric, value in values.items():
-        yield {"case": case, "metric": metric, "median": value, "min": value, "max": value, "unit": unit}
+        yield figure(case, metric, [value], unit)
 
 
 def main() -> None:
@@ -230,8 +232,7 @@ def main() -> None:
         print(
             f"{case:12} {values['predicted']:10.0f} {values['measured']:10.0f} {predicted / measured:6.2f}", flush=True
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": found, "ratios": ratios}, indent=1) + "\n")
+    write_figures(arguments.json, found, ratios)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,8 @@ class NaiveStep:
         """Mean cross-entropy of each target behind a prompt of its own, as transformers' models give logits: [N]."""
         import torch.nn.functional as F
 
+        from qcrd_ray.objectives.mutual_information import wide
+
         if self.student.is_seq2seq:
             ids, mask = self._padded(prompts)
             labels, _ = self._padded(targets, fill=-100)
@@ -94,7 +96,7 @@ class NaiveStep:
             labels, _ = self._padded(behind, fill=-100)
             logits = self.student.model(input_ids=ids, attention_mask=mask).logits[:, :-1]
             labels = labels[:, 1:]
-        ce = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
+        ce = F.cross_entropy(wide(logits).transpose(1, 2), labels, ignore_index=-100, reduction="none")
         return ce.sum(1) / (labels != -100).sum(1)
 
     def _padded(self, rows: Sequence[Sequence[int]], left: bool = False, fill: int | None = None) -> tuple[Any, Any]:

@@ -34,6 +34,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from figures import figure, write_figures
+
 ROOT = Path(__file__).resolve().parents[1]
 CASES = ("ahead", "in_loop", "recorded")
 STUDENTS = {
@@ -120,7 +122,7 @@ def real_runs(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict
         for metric in runs[0]:
             values = [one[metric] for one in runs]
             unit = "s" if "seconds" in metric else "ms" if metric.endswith("_ms") else "1/s" if "per" in metric else "1"
-            rows.append(row(case, metric, values, unit))
+            rows.append(figure(case, metric, values, unit))
     median = {case: statistics.median(one["seconds"] for one in runs) for case, runs in found.items()}
     ratios = {
         "stall_fraction": statistics.median(one["stall_fraction"] for one in found["ahead"]),
@@ -304,12 +306,12 @@ def simulation(figure: str | None, quick: bool) -> tuple[list[dict[str, Any]], d
         for throughput in throughputs:
             share = asyncio.run(simulate(count, throughput))
             shares[count].append(share)
-            rows.append(row(f"{count} workers, throughput {throughput:g} of need", "stall_fraction", [share], "1"))
+            rows.append(figure(f"{count} workers, throughput {throughput:g} of need", "stall_fraction", [share], "1"))
             print(f"{count} workers, {throughput:g}: {share:.4f}", file=sys.stderr)
     inside = [asyncio.run(scheduler_cost()) for _ in range(3)]
-    rows.append(row("64 workers x 64 requests", "scheduler_cpu_per_request", inside, "ms"))
+    rows.append(figure("64 workers x 64 requests", "scheduler_cpu_per_request", inside, "ms"))
     through = [scheduler_through_ray()]
-    rows.append(row("64 workers x 64 requests", "request_through_ray", through, "ms"))
+    rows.append(figure("64 workers x 64 requests", "request_through_ray", through, "ms"))
     ratios = {
         f"stall_fraction/simulated_{count}_workers_at_{throughput:g}": share
         for count in workers
@@ -343,11 +345,6 @@ def draw(file: str, throughputs: Sequence[float], shares: dict[int, list[float]]
     picture.savefig(file, bbox_inches="tight", metadata={"Date": None})
 
 
-def row(case: str, metric: str, values: Sequence[float], unit: str) -> dict[str, Any]:
-    return {"case": case, "metric": metric, "median": statistics.median(values), "min": min(values),
-            "max": max(values), "unit": unit}  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", choices=STUDENTS, default="smollm2")
@@ -356,7 +353,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a scratch student, and the simulation of 1 and 4 workers")
     parser.add_argument("--simulate", action="store_true")
     parser.add_argument("--figure", metavar="FILE")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--recorded", help=argparse.SUPPRESS)
     arguments, overrides = parser.parse_known_args()
@@ -378,8 +375,7 @@ def main() -> None:
               f"{one['unit']}")  # fmt: skip
     for name, value in ratios.items():
         print(f"{name}: {value:.4f}")
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"rows": rows, "ratios": ratios}, indent=1) + "\n")
+    write_figures(arguments.json, rows, ratios)
 
 
 if __name__ == "__main__":

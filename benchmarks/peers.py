@@ -1,17 +1,20 @@
 """Real training tokens a second against trainers that people use: transformers' Seq2SeqTrainer, TRL's SFTTrainer.
 
     python benchmarks/peers.py [--student t5_base ...] [--data svamp] [--rounds N] [--steps N] [--json FILE]
+    python benchmarks/peers.py --quick
 
 Rationale fine-tuning of the same student on the same batches, 8 questions a step, each a label and a rationale:
 
 * `ours`: `method=dss`, packed sequences.
 * `seq2seq_trainer` (T5 students): as Distilling step-by-step does it, two padded batches a step, its two losses.
-* `trl` (SmolLM2): both sequences of each question in one padded batch of 16; `trl_packed`: its packing on.
+* `trl` (SmolLM2): both sequences of each question in one padded batch of 16; `trl_packed`: its packing on, with as many
+  packed rows a step as hold its tokens, and only the tokens of those rows counted.
 
 The same dtype, batch and optimizer (fused AdamW, clipping at 1) for all. With bf16, `ours` trains bfloat16 weights with
 float32 masters; a peer's name ends with `_autocast` where it keeps float32 weights and computes in bfloat16, as its
 `bf16` option does, and with `_bf16` where the weights themselves are bfloat16 and have no masters. Ratios are to the
-faster. Only tokens of prompts and targets count, never padding.
+faster: `dss_over_seq2seq_trainer`, `causal_over_trl`, `causal_over_trl_packed`, the least over the students and data,
+and `.../STUDENT/DATA/PRECISION` for each. Only tokens of prompts and targets count, never padding.
 
 Each peer runs in an environment of its own, which is made under `--environments` from PyPI with the versions below,
 each case in a process of its own, one after another, in an order that turns with the rounds. Students and data are
@@ -32,18 +35,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from figures import figure, median_ratio, write_figures
+from step_data import DATA, STUDENTS
+
 TORCH = ["torch==2.13.0", "numpy", "safetensors"]
 ENVIRONMENTS = {
     "transformers": [*TORCH, "transformers==5.19.0", "accelerate==1.15.0"],
     "trl": [*TORCH, "transformers==5.19.0", "accelerate==1.15.0", "datasets==5.2.0", "trl==1.16.0"],
 }
 PEERS = {"seq2seq_trainer": "transformers", "trl": "trl", "trl_packed": "trl"}
+NAMES = {
+    "seq2seq_trainer": "dss_over_seq2seq_trainer", "trl": "causal_over_trl", "trl_packed": "causal_over_trl_packed"
+}  # fmt: skip
 SUFFIXES = {"bf16": ("_autocast", "_bf16"), "fp32": ("",)}
 WARM_UP = 2
 LEARNING_RATE = 5e-5
 
 
 # In the environment of a peer, where this project is not installed
+
+
+def real_tokens(job: dict[str, Any]) -> int:
+    """Of prompts and targets, in the steps that count."""
+    return sum(len(ids) for step in job["steps"][WARM_UP:] for row in step for ids in row.values())
 
 
 class Steps:
@@ -81,7 +95,8 @@ def trainer_arguments(place: str, batch: int, steps: int, case: str) -> dict[str
     }  # fmt: skip
 
 
-def seq2seq_trainer(job: dict[str, Any], case: str) -> float:
+def seq2seq_trainer(job: dict[str, Any], case: str) -> tuple[float, int]:
+    """Seconds, and the real tokens of the steps that count."""
     import torch
     from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
@@ -116,10 +131,11 @@ def seq2seq_trainer(job: dict[str, Any], case: str) -> float:
         StepByStep(
             model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[steps.callback()]
         ).train()
-    return steps.seconds
+    return steps.seconds, real_tokens(job)
 
 
-def trl(job: dict[str, Any], case: str) -> float:
+def trl(job: dict[str, Any], case: str) -> tuple[float, int]:
+    """Seconds, and the real tokens of the steps that count."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -156,13 +172,15 @@ def trl(job: dict[str, Any], case: str) -> float:
             callbacks=[steps.callback()],
         )
         trainer.train()
-    return steps.seconds
+    counted = trainer.train_dataset[WARM_UP * rows : count * rows]["input_ids"]
+    return steps.seconds, sum(len(ids) for ids in counted)
 
 
 # Here
 
 
-def ours(job: dict[str, Any], precision: str) -> float:
+def ours(job: dict[str, Any], precision: str) -> tuple[float, int]:
+    """Seconds, and the real tokens of the steps that count."""
     import torch
     import torch.distributed as dist
     from step_data import batches_of_ids
@@ -188,7 +206,7 @@ def ours(job: dict[str, Any], precision: str) -> float:
             engine.step(LEARNING_RATE)
         seconds = time.perf_counter() - begin
         dist.destroy_process_group()
-    return seconds
+    return seconds, real_tokens(job)
 
 
 def environment(folder: Path, name: str) -> Path:
@@ -209,7 +227,7 @@ def jobs(student: str, data: str, steps: int, folder: Path) -> dict[str, Any]:
     from step_data import QUESTIONS, Setting, batches_of, examples
 
     setting = Setting.of(student)
-    if student == "smollm2":
+    if student == "smollm2_135m":
         model = setting.embedded
     else:
         model = folder / "student"
@@ -224,7 +242,7 @@ def jobs(student: str, data: str, steps: int, folder: Path) -> dict[str, Any]:
 
 
 def compare(student: str, data: str, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    peers = ["seq2seq_trainer"] if student != "smollm2" else ["trl", "trl_packed"]
+    peers = ["seq2seq_trainer"] if student != "smollm2_135m" else ["trl", "trl_packed"]
     cases = ["ours", *(peer + suffix for peer in peers for suffix in SUFFIXES[precision])]
     pythons = {peer: environment(arguments.environments, PEERS[peer]) for peer in peers}
     found: dict[str, list[float]] = {case: [] for case in cases}
@@ -232,8 +250,6 @@ def compare(student: str, data: str, precision: str, arguments: argparse.Namespa
         job = jobs(student, data, arguments.steps, Path(place))
         file = Path(place) / "job.json"
         file.write_text(json.dumps(job))
-        counted = job["steps"][WARM_UP:]
-        tokens = sum(len(ids) for step in counted for row in step for ids in row.values())
         for number in range(arguments.rounds):
             turn = number % len(cases)
             for case in [*cases[turn:], *cases[:turn]]:
@@ -241,52 +257,64 @@ def compare(student: str, data: str, precision: str, arguments: argparse.Namespa
                 python = str(pythons[peer]) if peer else sys.executable
                 command = [python, __file__, "--run", case, str(file), precision]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                found[case].append(tokens / float(done.stdout.strip().splitlines()[-1]))
+                seconds, tokens = json.loads(done.stdout.strip().splitlines()[-1])
+                found[case].append(tokens / seconds)
                 print(
                     f"{student} {data} {precision} {case}: {found[case][-1]:.1f} tokens/s", file=sys.stderr, flush=True
                 )
-    medians = {case: statistics.median(values) for case, values in found.items()}
-    ratios = {peer: medians["ours"] / max(medians[peer + suffix] for suffix in SUFFIXES[precision]) for peer in peers}
-    return {"tokens_per_second": found, "ratios": ratios, "tokens": tokens}
+    ratios = {
+        NAMES[peer]: min(median_ratio(found["ours"], found[peer + suffix]) for suffix in SUFFIXES[precision])
+        for peer in peers
+    }
+    return {"tokens_per_second": found, "ratios": ratios}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--student", nargs="+", choices=("t5_small", "t5_base", "smollm2"), default=["t5_base", "smollm2"]
-    )
-    parser.add_argument("--data", nargs="+", choices=("svamp", "cqa"), default=["svamp"])
+    parser.add_argument("--student", nargs="+", choices=STUDENTS, default=["t5_base", "smollm2_135m"])
+    parser.add_argument("--data", nargs="+", choices=DATA, default=["svamp"])
     parser.add_argument("--precision", nargs="+", choices=tuple(SUFFIXES), help="default: the faster on this machine")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12, help="that count; two more come first")
     parser.add_argument("--environments", type=Path, default=Path("runs/peers"))
+    parser.add_argument(
+        "--quick", action="store_true", help="T5-small on CommonsenseQA's lengths, one round of six steps"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
         case, file, precision = arguments.run
         job = json.loads(Path(file).read_text())
-        peers: dict[str, Callable[[dict[str, Any], str], float]] = {"seq2seq_trainer": seq2seq_trainer, "trl": trl}
+        peers: dict[str, Callable[[dict[str, Any], str], tuple[float, int]]] = {
+            "seq2seq_trainer": seq2seq_trainer,
+            "trl": trl,
+        }
         run = next((run for name, run in peers.items() if case.startswith(name)), None)
-        print(run(job, case) if run else ours(job, precision))
+        print(json.dumps(run(job, case) if run else ours(job, precision)))
         return
     from qcrd_ray.hardware import cpu_gains_by_bf16
 
     precisions = arguments.precision or ["bf16" if cpu_gains_by_bf16() else "fp32"]
     arguments.environments = arguments.environments.absolute()
-    results: dict[str, Any] = {}
+    if arguments.quick:
+        arguments.student, arguments.data, arguments.rounds, arguments.steps = ["t5_small"], ["cqa"], 1, 6
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
     for student in arguments.student:
         for data in arguments.data:
             for precision in precisions:
                 found = compare(student, data, precision, arguments)
-                results[f"{student}/{data}/{precision}"] = found
+                name = f"{student}/{data}/{precision}"
                 print(f"\n{student}, {data}, {precision}: real tokens a second, median (least to greatest)")
                 for case, values in found["tokens_per_second"].items():
+                    rows.append(figure(f"{case}/{name}", "speed", values, "tokens/s"))
                     print(f"{case:28} {statistics.median(values):8.1f} ({min(values):.1f} to {max(values):.1f})")
-                for peer, ratio in found["ratios"].items():
-                    print(f"ours / {peer}: {ratio:.2f}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"environments": ENVIRONMENTS, "results": results}, indent=1) + "\n")
+                for ratio, value in found["ratios"].items():
+                    ratios[f"{ratio}/{name}"] = value
+                    ratios[ratio] = min(value, ratios.get(ratio, value))
+                    print(f"{ratio}/{name}: {value:.2f}", flush=True)
+    write_figures(arguments.json, rows, ratios, environments=ENVIRONMENTS)
 
 
 if __name__ == "__main__":

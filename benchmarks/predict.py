@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import os
-import statistics
 import sys
 import tempfile
 import threading
@@ -24,6 +23,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from figures import figure, median_ratio, write_figures
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -220,19 +221,16 @@ def report(results: list[dict[str, Any]], file: Path | None) -> None:
         found = result["found"]
         for case, values in found.items():
             name = f"{case}/{result['student']}"
-            summary = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-            rows.append({"case": name, "metric": "questions", **summary, "unit": "questions/s"})
+            summary = figure(name, "questions", values, "questions/s")
+            rows.append(summary)
             spread = f" ({summary['min']:.2f} to {summary['max']:.2f})" if len(values) > 1 else ""
             print(f"| {result['student']} ({result['engine']}) | {case} | {summary['median']:.2f}{spread} |")
         for other in (case for case in found if case != "predict"):
-            pairs = zip(found["predict"], found[other], strict=True)
-            ratios[f"predict_over_{other}/{result['student']}"] = statistics.median(mine / its for mine, its in pairs)
+            ratios[f"predict_over_{other}/{result['student']}"] = median_ratio(found["predict"], found[other])
     ratios["predict_over_engine"] = min(value for name, value in ratios.items() if name.startswith("predict_over_"))
     for name, value in ratios.items():
         print(f"{name}: {value:.2f}")
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"rows": rows, "ratios": ratios}, indent=1) + "\n")
+    write_figures(file, rows, ratios)
 
 
 if __name__ == "__main__":

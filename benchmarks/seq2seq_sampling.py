@@ -40,6 +40,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from figures import figure, write_figures
+
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES: dict[str, dict[str, int]] = {
     "t5_small": {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
@@ -314,8 +316,7 @@ def report(found: dict[tuple[str, str], list[dict[str, Any]]], file: Path | None
         for metric, unit in units.items():
             values = [result[metric] for result in results if metric in result]
             if values:
-                summary = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-                rows.append({"case": f"{case}/{shape}", "metric": metric, **summary, "unit": unit})
+                rows.append(figure(f"{case}/{shape}", metric, values, unit))
     ratios: dict[str, float] = {}
     for (shape, case), results in found.items():
         for mine in ("t5", "t5_fp32"):
@@ -340,8 +341,7 @@ def report(found: dict[tuple[str, str], list[dict[str, Any]]], file: Path | None
         print(f"| {shape} | {case} | {' | '.join(cells)} |")
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.2f}")
-    if file is not None:
-        file.write_text(json.dumps({"rows": rows, "ratios": ratios}, indent=1) + "\n")
+    write_figures(file, rows, ratios)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ data, else texts of those lengths that are made up. Token ids are those of SmolL
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -19,7 +20,7 @@ T5_SHAPES: dict[str, dict[str, int]] = {
     "t5_base": {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
 }
 T5_VOCABULARY = 32128
-STUDENTS = (*T5_SHAPES, "smollm2")
+STUDENTS = (*T5_SHAPES, "smollm2_135m")
 DATA = ("svamp", "cqa")
 PRECISIONS = ("auto", "bf16", "fp32")
 QUESTIONS, POSITIVES = 8, 5
@@ -38,43 +39,44 @@ class Example:
     negative: str
 
 
-def examples(data: str, count: int) -> list[Example]:
-    """Real questions where they are, in an order of its own; the positives of CommonsenseQA, whose teacher answered
-    each question once, are that answer and those of the next questions, for their lengths."""
+def examples(data: str, count: int, positives: int = POSITIVES) -> list[Example]:
+    """Real questions where they are, in an order of its own, with so many positives each and a negative.
+
+    SVAMP's teacher answered each question six times and CommonsenseQA's once: where that is not enough, the answers to
+    the next questions stand in, for their lengths.
+    """
     folder = os.environ.get("QCRD_BENCHMARK_DATA")
     rng = random.Random(7)
     if folder is None:
-        return [_made_up(data, number, rng) for number in range(count)]
+        return [_made_up(data, number, rng, positives) for number in range(count)]
     rows = [json.loads(line) for line in (Path(folder) / data / "train.jsonl").open(encoding="utf-8")]
     rng.shuffle(rows)
     teacher = "gpt35turbo-mcckd" if data == "svamp" else "palm540b"
-    found, pool = [], []
+    pool = []
     for row in rows:
         texts = [sample["rationale"] for sample in row["teacher_samples"] if sample["teacher"] == teacher]
-        pool += [(row, texts)] if texts else []
-    for number, (row, texts) in enumerate(pool):
-        if data == "cqa":
-            texts = [pool[(number + n) % len(pool)][1][0] for n in range(POSITIVES + 1)]
-        if len(texts) <= POSITIVES:
-            continue
+        if len(texts) > (POSITIVES if data == "svamp" else 0):
+            pool.append((row, texts))
+    found = []
+    for number, (row, _) in enumerate(pool[:count]):
+        answers = itertools.chain.from_iterable(pool[(number + n) % len(pool)][1] for n in itertools.count())
+        texts = list(itertools.islice(answers, positives + 1))
         question = row["question"] + "".join(f"\n({c})" for c in row.get("choices") or [])
         label = row.get("equation") or row["answer"]
-        found.append(Example(row["id"], question, label, texts[:POSITIVES], texts[POSITIVES]))
-        if len(found) == count:
-            break
+        found.append(Example(row["id"], question, label, texts[:-1], texts[-1]))
     return found
 
 
-def _made_up(data: str, number: int, rng: random.Random) -> Example:
+def _made_up(data: str, number: int, rng: random.Random, positives: int) -> Example:
     """Words drawn so that the numbers of tokens are distributed as those of the real texts."""
     typical, spread, longest = (100, 0.45, 1000) if data == "svamp" else (38, 0.45, 200)
 
     def words(tokens: float) -> str:
         return " ".join(rng.choice(("cat", "dog", "red", "two", "sum", "has", "the", "of")) for _ in range(int(tokens)))
 
-    rationales = [words(min(longest, max(8, rng.lognormvariate(0, spread) * typical))) for _ in range(POSITIVES + 1)]
+    rationales = [words(min(longest, max(8, rng.lognormvariate(0, spread) * typical))) for _ in range(positives + 1)]
     question = words(max(16, rng.gauss(45, 12)))
-    return Example(f"made-up-{number}", question, words(6), rationales[:POSITIVES], rationales[POSITIVES])
+    return Example(f"made-up-{number}", question, words(6), rationales[:-1], rationales[-1])
 
 
 def batches_of(
@@ -172,8 +174,7 @@ class Setting:
         from qcrd_ray.tasks.prompts import StudentTokenizer, load_tokenizer
 
         torch.manual_seed(0)
-        preset = "smollm2_135m" if name == "smollm2" else name
-        file = Path(__file__).resolve().parents[1] / "jobs" / "configs" / f"{preset}.yaml"
+        file = Path(__file__).resolve().parents[1] / "jobs" / "configs" / f"{name}.yaml"
         config = load_config(
             file,
             ["student.model=embedded:smollm2-135m", f"teacher.samples={POSITIVES}", f"train.precision={precision}",
@@ -181,7 +182,7 @@ class Setting:
         )  # fmt: skip
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         embedded = embedded_student("smollm2-135m")
-        if name == "smollm2":
+        if name == "smollm2_135m":
             student = load_student(str(embedded), config.student, dtype)
         else:
             shape = T5Config(**T5_SHAPES[name], vocab_size=T5_VOCABULARY, dropout_rate=0.0, decoder_start_token_id=0)

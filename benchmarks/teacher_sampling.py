@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from figures import figure, median_ratio, write_figures
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "embedded:smollm2-135m"
@@ -303,14 +304,10 @@ def report(found: dict[str, list[dict[str, Any]]], file: Path | None) -> None:
     rows = []
     for case, results in found.items():
         for metric, unit in metrics.items():
-            values = [result[metric] for result in results]
-            summary = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-            rows.append({"case": case, "metric": metric, **summary, "unit": unit})
+            rows.append(figure(case, metric, [result[metric] for result in results], unit))
     median = {(row["case"], row["metric"]): row["median"] for row in rows}
     ratios = {
-        f"ours_over_{peer}": statistics.median(
-            mine["speed"] / theirs["speed"] for mine, theirs in zip(found["ours"], found[peer], strict=True)
-        )
+        f"ours_over_{peer}": median_ratio(*([result["speed"] for result in found[case]] for case in ("ours", peer)))
         for peer in PEERS
         if peer in found and "ours" in found
     }
@@ -328,8 +325,7 @@ def report(found: dict[str, list[dict[str, Any]]], file: Path | None) -> None:
         )
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.2f}")
-    if file is not None:
-        file.write_text(json.dumps({"rows": rows, "ratios": ratios}, indent=1) + "\n")
+    write_figures(file, rows, ratios)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/training_step.py [--student t5_base ...] [--data svamp ...] [--rounds N] [--json FILE]
     python benchmarks/training_step.py --quick
 
-Students: `t5_small` and `t5_base` (random weights of these shapes), `smollm2` (the embedded SmolLM2-135M). Data:
+Students: `t5_small` and `t5_base` (random weights of these shapes), `smollm2_135m` (embedded). Data:
 `svamp` and `cqa`, see step_data.py; the first line says whether the texts are real. 8 questions a step, five positives
 and one negative each, all cores, one process, no pool beside it. `--precision auto` is what the framework takes on this
 machine.
@@ -21,10 +21,14 @@ Parts: `prompt`, the encoder forward, in the choice and in the gradient passes; 
 `gradient`, forward and backward; `judge`, scores, and a share of its update, which falls due once an iteration of
 `train.iteration_steps` steps; `optimizer`; `sampling`, of `naive` alone. Tokenization is done ahead by Ray Data and is
 in no sum. A decoder-only student reads its prompts in the passes themselves. Beside each part's seconds stand its
-operations in units of 10^12, counted by torch as two a multiply-add.
+operations in units of 10^12, two a multiply-add, counted in products of matrices and in attention on that timed batch
+whose number of tokens is the median.
 
 `memory`: the peak of a process of its own that does nothing but this case, above the same process with the libraries
-imported.
+imported (`--memory`, for all cases). For `qcrd` it is measured with one and with twenty positives a question.
+
+Ratios: `qcrd_over_dss/STUDENT` and `memory_m20_over_m1/STUDENT`, the greatest over the data, `naive_over_qcrd/STUDENT`,
+the least; `.../STUDENT/DATA` for each.
 """
 
 from __future__ import annotations
@@ -43,10 +47,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from figures import figure, median_ratio, write_figures
 from naive_step import NaiveStep
 from step_data import (
     ACTIVE,
     DATA,
+    POSITIVES,
     PRECISIONS,
     QUESTIONS,
     STUDENTS,
@@ -148,7 +154,9 @@ class WatchedJudge:
 class Bench:
     """A student, its engine, the judges and the batches: what all cases share."""
 
-    def __init__(self, student: str, precision: str, data: str, rounds: int, cases: Sequence[str]) -> None:
+    def __init__(
+        self, student: str, precision: str, data: str, rounds: int, cases: Sequence[str], positives: int = POSITIVES
+    ) -> None:
         import torch.distributed as dist
 
         from qcrd_ray.training.engine import TrainEngine
@@ -161,10 +169,19 @@ class Bench:
         train = self.config.train
         settings: dict[str, Any] = {"zero_stage": train.zero_stage, "precision": train.precision}
         self.engine = WatchedEngine(TrainEngine(self.student, lr=0.0, weight_decay=0.0, clip=1.0, **settings))
-        self.batches = batches_of(self.student, self.config, examples(data, QUESTIONS * (rounds + 1)))
+        self.batches = batches_of(self.student, self.config, examples(data, QUESTIONS * (rounds + 1), positives))
         self.judges = {case: self._judge(case) for case in cases if case.startswith("qcrd") and case != "qcrd_no_judge"}
         if "naive" in cases:
             self.judges["naive"] = self._judge("qcrd")
+
+    def tokens_of(self, number: int) -> int:
+        """Tokens of all texts of a batch."""
+        batch, negatives = self.batches[number]
+        return sum(
+            len(ids)
+            for row, own in zip(batch.rows, negatives, strict=True)
+            for ids in (row.predict, row.explain, row.label, *row.positives, *(negative.ids for negative in own))
+        )
 
     def _judge(self, case: str) -> Any:
         import torch
@@ -232,16 +249,17 @@ class Bench:
 
 
 def measure(student: str, precision: str, data: str, rounds: int, cases: Sequence[str]) -> dict[str, Any]:
-    """{case: {"seconds", "parts", "operations", "tokens", ...}}, medians over rounds."""
+    """{case: {"seconds", "parts", "tokens" of each round, "operations", "active"}}."""
     from torch.utils.flop_counter import FlopCounterMode
 
     bench = Bench(student, precision, data, rounds, cases)
     found: dict[str, list[dict[str, Any]]] = {case: [] for case in cases}
     operations = {}
+    by_tokens = sorted(range(1, rounds + 1), key=bench.tokens_of)
     for case in cases:  # also the warm-up
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=attention_operations()) as counter:
             parts = Parts(counter)
-            bench.step(case, 0, parts)
+            bench.step(case, by_tokens[(rounds - 1) // 2], parts)
         operations[case] = {part: parts.operations[part] / 1e12 for part in PARTS}
         if case in bench.judges:
             bench.update_judge(case, 0)
@@ -259,29 +277,47 @@ def measure(student: str, precision: str, data: str, rounds: int, cases: Sequenc
     return {
         case: {
             "seconds": [row["seconds"] for row in found[case]],
-            "parts": {part: statistics.median(row["parts"].get(part, 0.0) for row in found[case]) for part in PARTS},
+            "parts": {part: [row["parts"].get(part, 0.0) for row in found[case]] for part in PARTS},
             "operations": operations[case],
-            "tokens": statistics.mean(row.get("tokens", 0) for row in found[case]),
+            "tokens": [row.get("tokens", 0) for row in found[case]],
             "active": statistics.mean(row.get("active", 0) for row in found[case]) / QUESTIONS,
-            "loss": [row["loss"] / QUESTIONS for row in found[case]],
         }
         for case in cases
     }
 
 
-def peak_memory(student: str, precision: str, data: str, case: str) -> float:
+def attention_operations() -> dict[Any, Any]:
+    """For attention on a CPU, what torch counts on a GPU."""
+    import torch
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        batch, heads, length, width = query
+        return int(2 * batch * heads * length * key[2] * (width + value[3]))
+
+    def backward(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
+        batch, heads, length, width = query
+        return int(2 * batch * heads * length * key[2] * (3 * width + 2 * value[3]))  # the weights are made once more
+
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+
+
+def peak_memory(student: str, precision: str, data: str, case: str, positives: int = POSITIVES) -> float:
     """GiB above the libraries, in a process of its own."""
-    command = [sys.executable, __file__, "--one", student, precision, data, case]
+    command = [sys.executable, __file__, "--one", student, precision, data, case, str(positives)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.strip().splitlines()[-1])
 
 
-def one_case(student: str, precision: str, data: str, case: str) -> None:
+def one_case(student: str, precision: str, data: str, case: str, positives: str) -> None:
     from memory import import_everything, status
 
     import_everything()
     idle = status("VmRSS")
-    bench = Bench(student, precision, data, 2, [case])
+    bench = Bench(student, precision, data, 2, [case], int(positives))
     for number in range(3):
         bench.step(case, number, Parts())
     print((status("VmHWM") - idle) / 2**30)
@@ -293,15 +329,38 @@ def lines(student: str, data: str, found: dict[str, Any]) -> Iterator[str]:
     yield f"| case | step s | over dss | {' | '.join(PARTS)} | trained tokens | active | memory GiB |"
     yield "|---|" + "---:|" * (len(PARTS) + 5)
     for case, row in found.items():
-        ratio = statistics.median(a / b for a, b in zip(row["seconds"], base, strict=True)) if base else float("nan")
-        cells = [
-            f"{row['parts'][part]:.2f} ({row['operations'][part]:.2f})" if row["parts"][part] else "" for part in PARTS
-        ]
+        over = f"{median_ratio(row['seconds'], base):.2f}" if base else ""
+        seconds = {part: statistics.median(row["parts"][part]) for part in PARTS}
+        cells = [f"{seconds[part]:.2f} ({row['operations'][part]:.2f})" if seconds[part] else "" for part in PARTS]
         memory = f"{row['memory']:.2f}" if "memory" in row else ""
         yield (
-            f"| `{case}` | {statistics.median(row['seconds']):.2f} | {ratio:.2f} | {' | '.join(cells)} "
-            f"| {row['tokens']:.0f} | {row['active']:.2f} | {memory} |"
+            f"| `{case}` | {statistics.median(row['seconds']):.2f} | {over} | {' | '.join(cells)} "
+            f"| {statistics.mean(row['tokens']):.0f} | {row['active']:.2f} | {memory} |"
         )
+
+
+def rows_of(name: str, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for case, result in found.items():
+        yield figure(f"{case}/{name}", "step", result["seconds"], "s")
+        for part in PARTS:
+            if any(result["parts"][part]):
+                yield figure(f"{case}/{name}", part, result["parts"][part], "s")
+                yield figure(f"{case}/{name}", f"{part}_operations", [result["operations"][part]], "10^12")
+        yield figure(f"{case}/{name}", "trained_tokens", result["tokens"], "tokens")
+        for metric in ("memory", "memory_m1", "memory_m20"):
+            if metric in result:
+                yield figure(f"{case}/{name}", metric, [result[metric]], "GiB")
+
+
+def ratios_of(found: dict[str, Any]) -> dict[str, float]:
+    """Of one student and data."""
+    ratios = {}
+    for name, one, other in (("qcrd_over_dss", "qcrd", "dss"), ("naive_over_qcrd", "naive", "qcrd")):
+        if one in found and other in found:
+            ratios[name] = median_ratio(found[one]["seconds"], found[other]["seconds"])
+    if "memory_m1" in found.get("qcrd", {}):
+        ratios["memory_m20_over_m1"] = found["qcrd"]["memory_m20"] / found["qcrd"]["memory_m1"]
+    return ratios
 
 
 def main() -> None:
@@ -314,7 +373,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="measure the peak memory of each case too")
     parser.add_argument("--quick", action="store_true", help="T5-small on the lengths of CommonsenseQA, three rounds")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--measured", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     precision = arguments.precision
@@ -328,9 +387,10 @@ def main() -> None:
     students, data, rounds = arguments.student, arguments.data, arguments.rounds
     if arguments.quick:
         students, data, rounds = ["t5_small"], ["cqa"], 3
-    real = "real" if os.environ.get("QCRD_BENCHMARK_DATA") else "made up (QCRD_BENCHMARK_DATA is not set)"
-    print(f"texts: {real}", flush=True)
-    results: dict[str, Any] = {}
+    texts = "real" if os.environ.get("QCRD_BENCHMARK_DATA") else "made up (QCRD_BENCHMARK_DATA is not set)"
+    print(f"texts: {texts}", flush=True)
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
     for student in students:
         for name in data:
             # A process a student and data: what DeepSpeed has set up stays as long as the process.
@@ -342,10 +402,17 @@ def main() -> None:
             if arguments.memory:
                 for case in arguments.case:
                     found[case]["memory"] = peak_memory(student, precision, name, case)
-            results[f"{student}/{name}"] = found
+            if "qcrd" in found:
+                for positives in (1, 20):
+                    found["qcrd"][f"memory_m{positives}"] = peak_memory(student, precision, name, "qcrd", positives)
+            rows += rows_of(f"{student}/{name}", found)
             print("\n".join(lines(student, name, found)), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"texts": real, "results": results}, indent=1) + "\n")
+            for ratio, value in ratios_of(found).items():
+                worse = min if ratio.startswith("naive") else max
+                ratios[f"{ratio}/{student}/{name}"] = value
+                ratios[f"{ratio}/{student}"] = worse(value, ratios.get(f"{ratio}/{student}", value))
+                print(f"{ratio}/{student}/{name}: {value:.2f}", flush=True)
+    write_figures(arguments.json, rows, ratios, texts=texts)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+from figures import figure, write_figures
 
 from qcrd_ray.config import config_from_dict
 from qcrd_ray.rationales.schema import STORED_SAMPLES, Question
@@ -249,7 +250,7 @@ def measure(data: Synthetic, layout: str, augmentation: str) -> list[dict[str, A
     for metric, value, unit in found:
         print(f"  {metric:40} {value:10.2f} {unit}", flush=True)
     case = f"{layout}/{questions}x{samples}"
-    return [{"case": case, "metric": m, "median": v, "min": v, "max": v, "unit": u} for m, v, u in found]
+    return [figure(case, metric, [value], unit) for metric, value, unit in found]
 
 
 def main() -> None:
@@ -268,8 +269,7 @@ def main() -> None:
     data = Synthetic.make(20_000 if arguments.quick else arguments.questions, arguments.samples)
     layouts = [arguments.layout] if arguments.layout else LAYOUTS
     rows = [row for layout in layouts for row in measure(data, layout, arguments.augmentation)]
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows, "ratios": {}}, indent=1) + "\n")
+    write_figures(arguments.json, rows, {})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qcrd_ray.config import StudentConfig
 from qcrd_ray.models.named import hub_config
-from qcrd_ray.objectives.mutual_information import peak_of
+from qcrd_ray.objectives.mutual_information import peak_of, wide
 from qcrd_ray.tasks.prompts import StudentTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -129,15 +129,15 @@ def _split(student: Student, item: Item, budget: int) -> list[Item]:
 
 
 def token_cross_entropy(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    """-log softmax(head(hidden))[target] for each token, float32. Shapes [T, d] and [T] -> [T].
+    """-log softmax(head(hidden))[target] for each token, float32 (float64 of a float64 head): [T, d], [T] -> [T].
 
     Without gradients the logits are made and dropped a few hundred tokens at a time, so that a choice among many
     rationales takes no more memory than one among few.
     """
     if torch.is_grad_enabled():
-        return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+        return F.cross_entropy(wide(head(hidden)), targets, reduction="none")
     parts = zip(hidden.split(TOKENS_TOGETHER), targets.split(TOKENS_TOGETHER), strict=True)
-    return torch.cat([F.cross_entropy(head(part).float(), wanted, reduction="none") for part, wanted in parts])
+    return torch.cat([F.cross_entropy(wide(head(part)), wanted, reduction="none") for part, wanted in parts])
 
 
 def losses_of_targets(
@@ -154,7 +154,7 @@ def losses_of_targets(
     owner = torch.tensor([place for place, length in enumerate(lengths) for _ in range(length)], device=hidden.device)
     if peaks_of is None:
         return mean_by_owner(token_cross_entropy(head, hidden, tokens), owner, count)
-    logits = head(hidden).float()
+    logits = wide(head(hidden))
     ce = mean_by_owner(F.cross_entropy(logits, tokens, reduction="none"), owner, count)
     of_target = logits.split(list(lengths))
     peaks = [peak_of(of_target[place]) for place in peaks_of]

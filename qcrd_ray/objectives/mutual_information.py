@@ -64,7 +64,7 @@ def mutual_information_loss(
         )
         if real.any() and stated.any()
     ]
-    nothing = _wide(rationale_logits[:0]).sum()
+    nothing = wide(rationale_logits[:0]).sum()
     divisor = max(rationale_logits.shape[0], 1) if questions is None else questions
     return weight * (torch.stack(parts).sum() if parts else nothing) / divisor
 
@@ -84,8 +84,9 @@ def cross_entropy_of_peaks(rationale_peak: Tensor, label_peak: Tensor) -> Tensor
 
 def peak_of(logits: Tensor) -> Tensor:
     """Highest probability that any of T positions gives each word: [T, V], T >= 1 -> [V], float32 or float64."""
-    return _wide(logits).softmax(dim=-1).amax(dim=0)
+    return wide(logits).softmax(dim=-1).amax(dim=0)
 
 
-def _wide(logits: Tensor) -> Tensor:
+def wide(logits: Tensor) -> Tensor:
+    """In float32, so that a softmax over a vocabulary is one; float64 stays."""
     return logits if logits.dtype == torch.float64 else logits.float()
