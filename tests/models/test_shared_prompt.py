@@ -123,6 +123,22 @@ def test_rationale_ce_is_a_grid_with_nan_where_a_question_has_fewer(family: str)
     torch.testing.assert_close(labels, grid[:, 0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["t5", "bart", "llama"])
+@pytest.mark.parametrize("together", [1, 7, 64])
+def test_logits_made_a_few_at_a_time_give_the_same_losses(
+    family: str, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, items = make_student(family), make_items(5)
+    whole = student(items).detach()
+    monkeypatch.setattr("qcrd_ray.models.student.TOKENS_TOGETHER", together)
+    sizes: list[int] = []
+    student.model.lm_head.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    with torch.no_grad():
+        torch.testing.assert_close(student(items), whole)
+    tokens = sum(len(target) for item in items for target in item.targets)
+    assert len(sizes) == -(-tokens // together) and max(sizes) == min(tokens, together)
+
+
 @pytest.mark.parametrize("family", ["t5", "umt5", "llama"])
 def test_gradient_checkpointing_changes_no_number(family: str) -> None:
     student, items = make_student(family), make_items(5)

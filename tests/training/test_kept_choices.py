@@ -51,6 +51,10 @@ class Watched:
         )
         self.looked_at = 0
 
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        return [weight.grad for weight in self.engine.parameters if weight.grad is not None]
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
@@ -60,28 +64,30 @@ class Watched:
         return self.engine.forward(items, **options)
 
 
-def one_step(family: str, kept: KeptChoices | None, step: int = 0) -> tuple[StepLosses, int]:
+def one_step(family: str, kept: KeptChoices | None, step: int = 0) -> tuple[StepLosses, Watched]:
     config = config_of({"method": "qcrd", "judge": {"enabled": False}, "negatives": {"source": "none"}})
     engine, questions = Watched(family), rows()
     found = candidates(config, questions, [[] for _ in questions])
     losses = train_on_batch(engine, config, StepBatch(step, 0, BATCH, questions), found, None, kept)  # type: ignore[arg-type]
-    return losses, engine.looked_at
+    return losses, engine
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
 @pytest.mark.usefixtures("one_rank")
 def test_a_kept_positive_is_trained_on_without_another_look(family: str) -> None:
     kept = KeptChoices(1, BATCH)
-    first, looked_at = one_step(family, kept)
-    assert looked_at > 0 and first.choices_kept == 0
-    again, looked_at = one_step(family, kept)
+    first, engine = one_step(family, kept)
+    assert engine.looked_at > 0 and first.choices_kept == 0
+    again, engine_again = one_step(family, kept)
     several = sum(len(row.positives) > 1 for row in rows())
-    assert looked_at <= 1  # a pass of every rank, whether it has something to look at or not
+    assert engine_again.looked_at <= 1  # a pass of every rank, whether it has something to look at or not
     assert again.choices_kept == several
     assert again.total == pytest.approx(first.total, abs=1e-6)
+    assert len(engine.gradients) > 10
+    torch.testing.assert_close(engine_again.gradients, engine.gradients, atol=1e-6, rtol=1e-4)
 
     several_iterations = KeptChoices(2, BATCH)
-    looks = [one_step(family, several_iterations, step=100 * iteration)[1] for iteration in range(5)]
+    looks = [one_step(family, several_iterations, step=100 * iteration)[1].looked_at for iteration in range(5)]
     assert [look > 1 for look in looks] == [True, False, True, False, True]
 
     best = [int(column) for column in kept.column]
@@ -89,6 +95,6 @@ def test_a_kept_positive_is_trained_on_without_another_look(family: str) -> None
     kept.keep([other.row], [1 - min(best[other.row], 1)], 0, 1)
     worse, _ = one_step(family, kept)
     assert worse.positive > first.positive + 1e-4
-    later, looked_at = one_step(family, kept, step=100)  # the next iteration: chosen anew
-    assert looked_at > 1 and later.total == pytest.approx(first.total, abs=1e-6)
+    later, engine = one_step(family, kept, step=100)  # the next iteration: chosen anew
+    assert engine.looked_at > 1 and later.total == pytest.approx(first.total, abs=1e-6)
     assert [int(column) for column in kept.column] == best
