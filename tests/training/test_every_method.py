@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,10 +21,11 @@ NOTHING_NEW = ["positives=first", "negatives.source=none", "judge.enabled=false"
 
 METHODS = {
     "finetune": "gold", "single_task": "teacher_vote", "dss": "gold", "mi": "teacher_sample", "qcrd": "gold",
+    "mi+qcrd": "teacher_vote",
 }  # fmt: skip
 """With the labels of each."""
-ABLATIONS = [*([one] for one in NOTHING_NEW), NOTHING_NEW]
-"""Each alone, and all together."""
+ABLATIONS = [list(some) for count in (1, 2, 3) for some in itertools.combinations(NOTHING_NEW, count)]
+"""Each alone, two, and all together."""
 SCHEMES = {
     "max_min": "fixed+self_consistency", "sampling": "fixed", "mean": "lagged+self_consistency",
     "weighted_mean": "self_consistency",
@@ -32,9 +34,10 @@ SCHEMES = {
 CASES = [
     *([f"method={name}", f"labels={labels}"] for name, labels in METHODS.items()),
     *ABLATIONS,
+    ["teacher.samples=1"],
     *([f"scheme={name}", f"negatives.source={source}"] for name, source in SCHEMES.items()),
 ]
-CASES[-1].insert(0, "method=mi+qcrd")
+CASES[-1].insert(0, "method=mi+qcrd")  # without samples of the student
 
 
 def config_of(folder: Path, *overrides: str) -> ExperimentConfig:
