@@ -10,11 +10,12 @@ Rationale fine-tuning of the same student on the same batches, 8 questions a ste
 * `trl` (SmolLM2): both sequences of each question in one padded batch of 16; `trl_packed`: its packing on, with as many
   packed rows a step as hold its tokens, and only the tokens of those rows counted.
 
-The same dtype, batch and optimizer (fused AdamW, clipping at 1) for all. With bf16, `ours` trains bfloat16 weights with
-float32 masters; a peer's name ends with `_autocast` where it keeps float32 weights and computes in bfloat16, as its
-`bf16` option does, and with `_bf16` where the weights themselves are bfloat16 and have no masters. Ratios are to the
-faster: `dss_over_seq2seq_trainer`, `causal_over_trl`, `causal_over_trl_packed`, the least over the students and data,
-and `.../STUDENT/DATA/PRECISION` for each. Only tokens of prompts and targets count, never padding.
+The same dtype, batch and optimizer (fused AdamW, clipping at 1) for all. With bf16, `ours` computes in bfloat16 and
+keeps float32 masters of the weights, and so does a peer with its `bf16` option (`_autocast`). `_bf16` is a peer whose weights
+themselves are bfloat16, with no masters: it has less to do, and loses every update below a 256th of a weight. Ratios,
+each in the same round: `dss_over_seq2seq_trainer`, `causal_over_trl`, `causal_over_trl_packed`, the least over the
+students, data and precisions; `.../STUDENT/DATA/PRECISION` for each, with `_without_masters` behind its name against
+`_bf16`. Only tokens of prompts and targets count, never padding.
 
 Each peer runs in an environment of its own, which is made under `--environments` from PyPI with the versions below,
 each case in a process of its own, one after another, in an order that turns with the rounds. Students and data are
@@ -263,8 +264,11 @@ def compare(student: str, data: str, precision: str, arguments: argparse.Namespa
                     f"{student} {data} {precision} {case}: {found[case][-1]:.1f} tokens/s", file=sys.stderr, flush=True
                 )
     ratios = {
-        NAMES[peer]: min(median_ratio(found["ours"], found[peer + suffix]) for suffix in SUFFIXES[precision])
+        NAMES[peer] + ("_without_masters" if suffix == "_bf16" else ""): median_ratio(
+            found["ours"], found[peer + suffix]
+        )
         for peer in peers
+        for suffix in SUFFIXES[precision]
     }
     return {"tokens_per_second": found, "ratios": ratios}
 
@@ -312,7 +316,7 @@ def main() -> None:
                     print(f"{case:28} {statistics.median(values):8.1f} ({min(values):.1f} to {max(values):.1f})")
                 for ratio, value in found["ratios"].items():
                     ratios[f"{ratio}/{name}"] = value
-                    ratios[ratio] = min(value, ratios.get(ratio, value))
+                    ratios[ratio] = min(value, ratios.get(ratio, value))  # over all that was compared
                     print(f"{ratio}/{name}: {value:.2f}", flush=True)
     write_figures(arguments.json, rows, ratios, environments=ENVIRONMENTS)
 

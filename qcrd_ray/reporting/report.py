@@ -104,12 +104,14 @@ def report_of(runs: Sequence[RunRecord]) -> str:
     accuracy = charts.accuracy(runs)
     votes = [(run.label, agreement_rows(run), vote_confusion(run)) for run in runs]
     shown = differing(runs)
+    facts = [_facts(run) for run in runs]
     return render(
         "qcrd_ray.reporting",
         "report.html.j2",
         title=runs[0].label if len(runs) == 1 else f"Comparison of {len(runs)} runs",
         runs=runs,
-        facts=[_facts(run) for run in runs],
+        facts=facts,
+        unlike=_unlike(facts),
         accuracy=accuracy,
         losses=charts.over_steps(runs, charts.LOSSES),
         others=charts.over_steps(runs, charts.OTHERS),
@@ -214,6 +216,15 @@ def _facts(run: RunRecord) -> Facts:
         lag=lag,
         sampler_tokens_per_second=sampler.get("tokens", 0) / busy if busy else None,
     )
+
+
+def _unlike(facts: Sequence[Facts]) -> str | None:
+    """Why the accuracies of a comparison are not of the same questions; None where nothing says so."""
+    tasks = list(dict.fromkeys(fact.task for fact in facts))
+    splits = list(dict.fromkeys(fact.split for fact in facts if fact.split))
+    if len(tasks) > 1:
+        return f"tasks {', '.join(tasks)}"
+    return f"splits {', '.join(splits)}" if len(splits) > 1 else None
 
 
 def _first(values: np.ndarray) -> float | None:

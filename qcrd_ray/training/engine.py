@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,8 @@ from qcrd_ray.config import TrainConfig
 from qcrd_ray.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+IN_CACHE = 2**18
+"""Numbers that are taken together on a CPU."""
 
 
 def import_deepspeed() -> ModuleType:
@@ -57,6 +59,7 @@ class TrainEngine:
         deepspeed = import_deepspeed()
         # With bf16 the fp32 master weights live in ZeRO's optimizer; stage 0 has none, and stage 1 on one worker is it.
         self.stage = max(1, zero_stage) if precision == "bf16" else zero_stage
+        self.clip = clip
         self.module = module.to(torch.bfloat16 if precision == "bf16" else torch.float32)
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=weight_decay, fused=True)
@@ -64,7 +67,7 @@ class TrainEngine:
             **(overrides or {}),
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": clip,
+            "gradient_clipping": clip if self.stage else 0.0,  # there it is done here: DeepSpeed forgets the norm
             "bf16": {"enabled": precision == "bf16"},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
@@ -80,6 +83,8 @@ class TrainEngine:
         if self.stage == 0 and dist.get_world_size() == 1:
             # There is nobody to take a mean with, and DeepSpeed would copy all gradients there and back.
             self.engine.enable_backward_allreduce = False
+        if self.stage in (1, 2):
+            self.optimizer.get_grad_norm_direct = self._norm_of_partition
         self.engine.train(True)  # a network that was loaded is in evaluation mode
         self.adam: torch.optim.AdamW = getattr(self.optimizer, "optimizer", self.optimizer)
 
@@ -101,9 +106,23 @@ class TrainEngine:
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.engine.set_gradient_accumulation_boundary(True)
+        norm = None if self.stage else torch.nn.utils.clip_grad_norm_(self.parameters, self.clip or float("inf"))
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
+        norm = self.engine.get_global_grad_norm() if norm is None else norm
         return float(norm) if norm is not None else float("nan")
+
+    def _norm_of_partition(self, gradients: Iterable[Tensor], _: Any, norm_type: float = 2) -> Tensor:
+        """The gradient's norm over all ranks, -1 where it is not finite, in DeepSpeed's place.
+
+        DeepSpeed copies every gradient into float64, which takes longer than AdamW does. Here sums over pieces are in
+        float32, and added up in float64.
+        """
+        squares = [_sum_of_squares(g) for g in gradients if not getattr(g, "_zero_padding", False)]
+        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+        total = total.float().to(self.optimizer.device)
+        dist.all_reduce(total, group=self.optimizer.dp_process_group)
+        norm = total.sqrt()
+        return torch.where(torch.isfinite(norm), norm, -1.0)
 
     # States
 
@@ -180,6 +199,13 @@ class TrainEngine:
             source, place = mapping.lp_fragment_address, mapping.hp_fragment_address
             part = value.flatten().narrow(0, source.start, source.numel).to(flat[group].device)
             stored(flat[group]).narrow(0, place.start, place.numel).copy_(part)
+
+
+def _sum_of_squares(gradient: Tensor) -> Tensor:
+    """Float64, of a gradient in any precision. On a CPU piece by piece, each small enough for its cache."""
+    flat = gradient.detach().flatten()
+    pieces = flat.split(IN_CACHE) if flat.is_cpu else [flat]
+    return torch.stack([piece.float().square().sum() for piece in pieces]).double().sum()
 
 
 # Keys of a DeepSpeed JSON that the config decides, and where.

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from qcrd_ray.errors import UserError
 from qcrd_ray.models.discriminator import Discriminator
@@ -330,6 +331,22 @@ def test_a_comparison_shows_what_differs_and_nothing_else(tmp_path: Path) -> Non
     assert sum(counts) == 12 and f"first and second {' '.join(map(str, counts))} " in words
     table = unpacked(next(data for data in page.said if data.startswith("H4sI")))
     assert [column["title"] for column in table["columns"]] == ["Label", "Right: first", "Right: second", "Agreement"]
+
+
+def test_a_comparison_says_where_accuracies_are_of_different_questions(tmp_path: Path) -> None:
+    first, second = write_run(tmp_path, "first"), write_run(tmp_path, "second")
+    assert "scored on different questions" not in page_of(first, second).words
+    result = json.loads((second.root / "result.json").read_text())
+    result["accuracy"]["split"] = "elsewhere"
+    (second.root / "result.json").write_text(json.dumps(result))
+    words = page_of(first, second).words
+    assert (
+        "scored on different questions (splits " in words and ", elsewhere): their accuracies do not compare" in words
+    )
+    config = (second.root / "config.yaml").read_text()
+    task = yaml.safe_load(config)["task"]
+    (second.root / "config.yaml").write_text(config.replace(f"task: {task}", "task: anli1"))
+    assert f"tasks {task}, anli1" in page_of(first, second).words
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:

@@ -204,8 +204,9 @@
       }));
     };
     observed.forEach((row, place) => {
-      const text = texts[row[QUESTION]].replace(/\s+/g, " ");
-      chooser.append(new Option(`${row[ID]}: ${text.slice(0, 80)}`, String(place), false, row[ID] === chooser.dataset.id));
+      const text = texts[row[QUESTION]];
+      const first = row[ID] === chooser.dataset.id && text.startsWith(chooser.dataset.begins);  // ids of tasks may meet
+      chooser.append(new Option(`${row[ID]}: ${text.replace(/\s+/g, " ").slice(0, 80)}`, String(place), false, first));
     });
     chooser.addEventListener("change", drawCase);
   }
