@@ -11,11 +11,11 @@ Rationale fine-tuning of the same student on the same batches, 8 questions a ste
   packed rows a step as hold its tokens, and only the tokens of those rows counted.
 
 The same dtype, batch and optimizer (fused AdamW, clipping at 1) for all. With bf16, `ours` computes in bfloat16 and
-keeps float32 masters of the weights, and so does a peer with its `bf16` option (`_autocast`). `_bf16` is a peer whose weights
-themselves are bfloat16, with no masters: it has less to do, and loses every update below a 256th of a weight. Ratios,
-each in the same round: `dss_over_seq2seq_trainer`, `causal_over_trl`, `causal_over_trl_packed`, the least over the
-students, data and precisions; `.../STUDENT/DATA/PRECISION` for each, with `_without_masters` behind its name against
-`_bf16`. Only tokens of prompts and targets count, never padding.
+keeps float32 masters of the weights, and so does a peer with its `bf16` option (`_autocast`). `_bf16` is a peer whose
+weights themselves are bfloat16, with no masters: it has less to do, and loses every update below a 256th of a weight.
+Ratios, each in the same round: `dss_over_seq2seq_trainer`, `causal_over_trl`, `causal_over_trl_packed`, the least over
+the students, data and precisions; `.../STUDENT/DATA/PRECISION` for each, with `_without_masters` behind the name
+against `_bf16`. Only tokens of prompts and targets count, never padding.
 
 Each peer runs in an environment of its own, which is made under `--environments` from PyPI with the versions below,
 each case in a process of its own, one after another, in an order that turns with the rounds. Students and data are

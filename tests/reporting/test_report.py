@@ -340,9 +340,8 @@ def test_a_comparison_says_where_accuracies_are_of_different_questions(tmp_path:
     result["accuracy"]["split"] = "elsewhere"
     (second.root / "result.json").write_text(json.dumps(result))
     words = page_of(first, second).words
-    assert (
-        "scored on different questions (splits " in words and ", elsewhere): their accuracies do not compare" in words
-    )
+    assert "scored on different questions" in words and ", elsewhere" in words
+    assert "their accuracies do not compare" in words
     config = (second.root / "config.yaml").read_text()
     task = yaml.safe_load(config)["task"]
     (second.root / "config.yaml").write_text(config.replace(f"task: {task}", "task: anli1"))
