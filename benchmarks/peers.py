@@ -318,7 +318,7 @@ def main() -> None:
                     ratios[f"{ratio}/{name}"] = value
                     ratios[ratio] = min(value, ratios.get(ratio, value))  # over all that was compared
                     print(f"{ratio}/{name}: {value:.2f}", flush=True)
-    write_figures(arguments.json, rows, ratios, environments=ENVIRONMENTS)
+                write_figures(arguments.json, rows, ratios, environments=ENVIRONMENTS)  # what comes next takes minutes
 
 
 if __name__ == "__main__":
