@@ -14,7 +14,7 @@ Students with the same weights get the same batches, no dropout and the same jud
 has at that step. `own_updates`: between the losses of `ours` and of `naive`, each with the weights of its own updates
 since the beginning; `again`: between the two naive ones. AdamW divides a gradient by its size, so that an element whose
 gradient is no more than rounding is moved by its sign, and what is trained apart in fp32 drifts apart at a pace that
-`again` shows. In fp64 (`--precision`; transformers' layer norms stay in fp32) there is no such rounding.
+`again` shows. In fp64 (`--precision`; layer norms too, which transformers has in fp32) there is no such rounding.
 
 The margin δ is set once, so that a quarter of the first batches' negatives lie within it.
 """
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import os
 import tempfile
 from collections.abc import Sequence
@@ -41,6 +42,9 @@ class DoubleEngine:
         import torch
 
         self.module, self.clip = module.double(), clip
+        for norm in module.modules():
+            if hasattr(norm, "variance_epsilon"):  # T5's, Llama's and Qwen's
+                norm.forward = functools.partial(double_norm, norm)
         self.module.train()
         self.adam = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0)
 
@@ -59,6 +63,11 @@ class DoubleEngine:
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
         self.adam.step()
         self.adam.zero_grad()
+
+
+def double_norm(norm: Any, states: Any) -> Any:
+    """A root mean square norm without float32 in between."""
+    return norm.weight * states * (states.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
 
 
 def engine_of(student: Any, precision: str, lr: float) -> Any:
