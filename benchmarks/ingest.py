@@ -6,8 +6,8 @@
 The table has the lengths of SVAMP with GPT-3.5 (a question of 45 tokens, five rationales of 100), 8 questions a step,
 SmolLM2's tokenizer. The worker is `stream_batches` with a sleep instead of the step: 19 ms by default, a tenth of what
 a step of `dss` with T5-base takes on one H100. `wait`: the share of its time, after the first batch, in which it waited
-for the next one. `memory`: the peak of each kind of process, by proportional set size: pages of the mapped table that
-processes share are divided among them.
+for the next one. `memory`: the peak of each kind of process, what it shares with others divided among them; `mapped`:
+of files such as the table's, pages that stay in memory as long as nobody else wants it.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.peaks: dict[str, float] = {}
+        self.mapped: dict[str, float] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -75,9 +76,18 @@ class Memory:
             for process in [own, *own.children(recursive=True)]:
                 try:
                     name = "worker" if process == own else " ".join(process.cmdline()[:1])[:60]
-                    self.peaks[name] = max(self.peaks.get(name, 0.0), process.memory_full_info().pss / 2**30)
-                except (psutil.NoSuchProcess, psutil.AccessDenied):
+                    own_gib, mapped = memory_of(process.pid)
+                except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
                     continue
+                self.peaks[name] = max(self.peaks.get(name, 0.0), own_gib)
+                self.mapped[name] = max(self.mapped.get(name, 0.0), mapped)
+
+
+def memory_of(pid: int) -> tuple[float, float]:
+    """GiB of a process, and of the files that it has mapped, by their proportional set sizes."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return (kib["Pss_Anon"] + kib["Pss_Shmem"]) / 2**20, kib["Pss_File"] / 2**20
 
 
 def measure(questions: int, step_seconds: float, seconds: float) -> dict[str, Any]:
@@ -126,6 +136,7 @@ def measure(questions: int, step_seconds: float, seconds: float) -> dict[str, An
         "wait": sum(waits) / whole,
         "longest_wait_ms": 1000 * max(waits),
         "memory_gib": memory.peaks,
+        "mapped_gib": memory.mapped,
         "largest_gib": max(memory.peaks.values()),
     }
 
@@ -151,6 +162,7 @@ def main() -> None:
     }
     rows = [figure(f"{questions} questions", name, [found[name]], unit) for name, unit in units.items()]
     rows += [figure(name, "memory", [gib], "GiB") for name, gib in found["memory_gib"].items()]
+    rows += [figure(name, "mapped", [gib], "GiB") for name, gib in found["mapped_gib"].items()]
     write_figures(
         arguments.json, rows, {"wait_fraction": found["wait"]}, steps=found["steps"], step_ms=found["step_ms"]
     )

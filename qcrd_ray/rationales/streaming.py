@@ -11,7 +11,6 @@ import itertools
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, TypeVar
@@ -109,30 +108,34 @@ def _batches(block: Any) -> list[StepBatch]:
 
 
 def _one_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
-    """The same items. Each is asked for, in a thread, when the one before it is handed out; the first one at once."""
+    """The same items. Each is made, in a thread, when the one before it is handed out; the first one at once."""
     end = object()
+    wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    made: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
-    def ask() -> Future[Any]:
-        asked: Future[Any] = Future()
-
-        def answer() -> None:
+    def make() -> None:
+        while wanted.get():
             try:
-                asked.set_result(next(items, end))
+                made.put((next(items, end), None))
             except BaseException as error:
-                asked.set_exception(error)
-
-        threading.Thread(target=answer, name="next-batches", daemon=True).start()
-        return asked
-
-    first = ask()
+                made.put((end, error))
 
     def handed_out() -> Iterator[_Item]:
-        item = first.result()
-        while item is not end:
-            coming = ask()
-            yield item
-            item = coming.result()
+        try:
+            while True:
+                item, error = made.get()
+                if error is not None:
+                    raise error
+                if item is end:
+                    return
+                wanted.put(True)
+                yield item
+        finally:
+            wanted.put(False)
 
+    # One thread for all: to start one, its starter waits until it runs, and then for the interpreter that it holds.
+    threading.Thread(target=make, name="next-batches", daemon=True).start()
+    wanted.put(True)
     return handed_out()
 
 
