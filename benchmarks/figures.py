@@ -23,7 +23,10 @@ def median_ratio(ones: Sequence[float], others: Sequence[float]) -> float:
 def write_figures(
     file: Path | None, rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, float], **more: Any
 ) -> None:
-    """Write rows and ratios, and what else a reader may want, to `--json FILE`, if one was asked for."""
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"rows": rows, "ratios": ratios, **more}, indent=1) + "\n", encoding="utf-8")
+    """Write rows, each on a line, ratios, and what else a reader may want, to `--json FILE`, if one was asked for."""
+    if file is None:
+        return
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    others = json.dumps({"ratios": ratios, **more}, indent=1)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f'{{\n"rows": [\n{lines}\n],{others[1:]}\n', encoding="utf-8")

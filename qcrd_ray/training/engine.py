@@ -106,9 +106,9 @@ class TrainEngine:
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.engine.set_gradient_accumulation_boundary(True)
-        norm = None if self.stage else torch.nn.utils.clip_grad_norm_(self.parameters, self.clip or float("inf"))
+        clipped = None if self.stage else torch.nn.utils.clip_grad_norm_(self.parameters, self.clip or float("inf"))
         self.engine.step()
-        norm = self.engine.get_global_grad_norm() if norm is None else norm
+        norm = self.engine.get_global_grad_norm() if self.stage else clipped
         return float(norm) if norm is not None else float("nan")
 
     def _norm_of_partition(self, gradients: Iterable[Tensor], _: Any, norm_type: float = 2) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import queue
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,8 @@ def started() -> list[threading.Thread]:
 
 
 def end_within(seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while started() and time.monotonic() < until:
-        time.sleep(0.05)
+    for thread in started():
+        thread.join(seconds)
     assert not started()
 
 
@@ -73,19 +72,19 @@ def test_what_goes_wrong_in_a_task_is_raised_where_batches_are_taken(spec: Strea
 
 
 def test_each_item_is_made_while_the_one_before_it_is_used() -> None:
-    asked: list[int] = []
+    asked: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def numbers() -> Iterator[int]:
         for number in range(3):
-            asked.append(number)
+            asked.put(number)
             yield number
 
     items = streaming._one_ahead(numbers())
+    assert asked.get(timeout=5) == 0
     for expected in range(3):
         assert next(items) == expected
-        until = time.monotonic() + 5
-        while len(asked) < min(expected + 2, 3) and time.monotonic() < until:
-            time.sleep(0.01)
-        assert asked == list(range(min(expected + 2, 3)))
+        if expected < 2:
+            assert asked.get(timeout=5) == expected + 1
+        assert asked.empty()
     assert list(items) == []
     end_within(5)
