@@ -105,6 +105,7 @@ def _train(config: ExperimentConfig, run: RunFolder, stop: Stop) -> dict[str, An
                 outcome = evaluate(config, run, counts, service, before, examples_before, stop)
                 observe(config, run, service, models, outcome.snapshot, reported_split(counts), stop)
                 statistics = ray.get(service.statistics.remote())
+            run.remove_leftovers()  # of a sampler or a worker that was killed as it wrote
             seconds = time.perf_counter() - begin
             result = result_of(config, run, prepared, outcome, statistics, resumed_from, seconds)
             ray.get(models.export.remote(config, run, outcome.snapshot, result))
