@@ -91,6 +91,8 @@ def test_a_vllm_sampler_of_a_causal_student_is_killed(tmp_path: Path, trial: int
         [victim] = run.below("ray::Sampler")
         family = [victim, *victim.children(recursive=True)]
         kill(victim.pid)
+        half = run.folder / "negatives" / ".iteration-000003-chunk-0000.parquet.0123abcd.tmp"
+        half.write_bytes(b"PAR1")  # as if it was killed in the middle of that file
         print(f"vLLM sampler killed after step {len(steps_of(run.folder))}; gone after {gone_after(family):.1f} s")
         result = run.wait()
     assert result["steps"] == STEPS
