@@ -8,7 +8,7 @@ that an engine which wraps the module sees every use of its parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,17 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcrd_ray.config import StudentConfig
+from qcrd_ray.models.cross_entropy import Head, token_cross_entropy
 from qcrd_ray.models.named import hub_config
 from qcrd_ray.objectives.mutual_information import peak_of, wide
 from qcrd_ray.tasks.prompts import StudentTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from qcrd_ray.models.lora import Lora
-
-Head = Callable[[Tensor], Tensor]
-"""From hidden states [T, d] to logits [T, V]."""
-
-TOKENS_TOGETHER = 512
 
 
 @dataclass(frozen=True)
@@ -126,18 +122,6 @@ def _split(student: Student, item: Item, budget: int) -> list[Item]:
     first = Item(item.prompt, item.targets[:half], item.key[:half])
     second = Item(item.prompt, item.targets[half:], item.key[half:])
     return _split(student, first, budget) + _split(student, second, budget)
-
-
-def token_cross_entropy(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    """-log softmax(head(hidden))[target] for each token, float32 (float64 of a float64 head): [T, d], [T] -> [T].
-
-    Without gradients the logits are made and dropped a few hundred tokens at a time, so that a choice among many
-    rationales takes no more memory than one among few.
-    """
-    if torch.is_grad_enabled():
-        return F.cross_entropy(wide(head(hidden)), targets, reduction="none")
-    parts = zip(hidden.split(TOKENS_TOGETHER), targets.split(TOKENS_TOGETHER), strict=True)
-    return torch.cat([F.cross_entropy(wide(head(part)), wanted, reduction="none") for part, wanted in parts])
 
 
 def losses_of_targets(

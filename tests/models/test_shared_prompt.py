@@ -130,7 +130,7 @@ def test_logits_made_a_few_at_a_time_give_the_same_losses(
 ) -> None:
     student, items = make_student(family), make_items(5)
     whole = student(items).detach()
-    monkeypatch.setattr("qcrd_ray.models.student.TOKENS_TOGETHER", together)
+    monkeypatch.setattr("qcrd_ray.models.cross_entropy.TOKENS_TOGETHER", together)
     sizes: list[int] = []
     student.model.lm_head.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     with torch.no_grad():
