@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from qcrd_ray.config import ExperimentConfig
 from qcrd_ray.errors import TooManyFailures, UserError
-from qcrd_ray.evaluation.judge import LEAD, Judged, count, judge_prompt, verdict_of
+from qcrd_ray.evaluation.judge import CHOICES, LEAD, Judged, count, judge_prompt, verdict_of
 from qcrd_ray.evaluation.own_process import in_own_process
 from qcrd_ray.evaluation.student_rationales import (
     Written,
@@ -74,7 +74,7 @@ def compare(config: ExperimentConfig) -> dict[str, Any]:
         key: explaining_student(config, f"comparison.{key}", _named(getattr(settings, key), key))
         for key in ("student_a", "student_b")
     }
-    judge = LiveTeacher(judging(config))
+    judge = LiveTeacher(judging(config), CHOICES)
     temperatures = list(dict.fromkeys(settings.temperatures))
     rows = choose_rows(config, config.evaluation.split, settings.questions, settings.seed)
     questions = [row.question for row in rows]
@@ -94,7 +94,7 @@ def compare(config: ExperimentConfig) -> dict[str, Any]:
     answers = Answers(Path(config.output) / ANSWERS, judge.fingerprint)
     logger.info("the judge is asked for %d pairs in both orders; %d answers are there", len(pairs), len(answers.texts))
     failed = _ask_all(config, judge, pairs, answers)
-    result = _result(config, pairs, answers, failed, judge.builder.chat)
+    result = _result(config, pairs, answers, failed, judge)
     result["seconds"] = {"students": round(sampled - begin, 1), "judge": round(time.perf_counter() - sampled, 1)}
     failures = sum(failed.values())
     if failures > config.teacher.max_failed_share * 2 * len(pairs):
@@ -214,9 +214,10 @@ async def _asked(
 
 
 def _result(
-    config: ExperimentConfig, pairs: Sequence[Pair], answers: Answers, failed: Mapping[str, int], chat: bool
+    config: ExperimentConfig, pairs: Sequence[Pair], answers: Answers, failed: Mapping[str, int], judge: LiveTeacher
 ) -> dict[str, Any]:
     """Count, and write the pairs."""
+    chat = judge.builder.chat
     lines: list[str] = []
     judged: dict[float, list[Judged]] = {pair.temperature: [] for pair in pairs}
     for pair in pairs:
@@ -247,7 +248,12 @@ def _result(
         "questions": len({pair.question.id for pair in pairs}),
         "student_a": config.comparison.student_a,
         "student_b": config.comparison.student_b,
-        "judge": {"engine": config.teacher.engine, "model": config.teacher.model, "chat": chat},
+        "judge": {
+            "engine": config.teacher.engine,
+            "model": config.teacher.model,
+            "chat": chat,
+            "choices": list(judge.choices),
+        },
         "failed": dict(failed),
         "comparisons": [
             {"temperature": temperature, **count(pairs_of_it)} for temperature, pairs_of_it in judged.items()

@@ -26,6 +26,8 @@ class SamplingParameters:
         stop: texts that end a generation; not part of its text.
         ignore_end: go on to `max_tokens` past the end token; for measuring.
         logprobs: whether `Generation.mean_logprob` is wanted; where it is not, it is NaN.
+        choices: the text is one of these, sampled among the tokens that they go on with; empty: any text. Engine t5 has
+            none.
     """
 
     temperature: float
@@ -35,6 +37,7 @@ class SamplingParameters:
     stop: tuple[str, ...] = ()
     ignore_end: bool = False
     logprobs: bool = True
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

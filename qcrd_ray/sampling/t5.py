@@ -64,6 +64,8 @@ class T5Engine(TransformersEngine):
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[list[Generation]]:
+        if any(request.parameters.choices for request in requests):
+            raise ValueError("engine t5 holds no text to choices; engine transformers does")
         results: list[list[Generation | None]] = [[None] * request.n for request in requests]
         # What is drawn by the same rule is drawn together.
         groups: dict[tuple[float, int, float], list[SequenceState]] = {}

@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,11 @@ def _gave_up(outcome: Outcome) -> bool:
 class LiveTeacher:
     """A live teacher: its prompt, what decides its samples, and how it starts."""
 
-    def __init__(self, config: ExperimentConfig) -> None:
+    def __init__(self, config: ExperimentConfig, choices: tuple[str, ...] = ()) -> None:
+        """
+        Args:
+            choices: all that a local model may write where it continues plain text; a chat answers in its own words.
+        """
         settings = config.teacher
         assert settings.model is not None  # checked by the config
         self.config = config
@@ -183,6 +187,7 @@ class LiveTeacher:
             settings.prompt == "auto" and (chat_template is not None or settings.engine == "openai")
         )
         self.builder = PromptBuilder(config, chat)
+        self.choices = choices if not chat and settings.engine != "openai" else ()
         self.description: dict[str, Any] = {
             "engine": settings.engine,
             "model": identity,
@@ -195,6 +200,7 @@ class LiveTeacher:
             "precision": settings.precision if settings.engine != "openai" else None,
             "chat_template": chat_template if chat else None,
             **self.builder.description(),
+            **({"choices": list(self.choices)} if self.choices else {}),
         }
         self.fingerprint = set_fingerprint(self.description)
 
@@ -209,7 +215,8 @@ class LiveTeacher:
     def start(self, spent: float) -> Callable[[], TeacherEngine]:
         if self.config.teacher.engine == "openai":
             return functools.partial(_start_endpoint, self.config, self.builder.stop, spent)
-        return functools.partial(start_local, self.config, sampling_parameters(self.config, self.builder.stop))
+        parameters = replace(sampling_parameters(self.config, self.builder.stop), choices=self.choices)
+        return functools.partial(start_local, self.config, parameters)
 
 
 def _start_endpoint(config: ExperimentConfig, stop: tuple[str, ...], spent: float) -> TeacherEngine:

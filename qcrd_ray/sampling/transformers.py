@@ -65,6 +65,7 @@ class TransformersEngine:
         self.end = int(self.tokenizer.eos_token_id)
         self.pad = int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end)
         self.spec = spec
+        self._encoded: dict[str, tuple[int, ...]] = {}
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[list[Generation]]:
@@ -109,11 +110,13 @@ class TransformersEngine:
         greedy = logprobs.argmax(-1).tolist()
         for row, sequence in enumerate(alive):
             parameters = sequence.request.parameters
-            token = greedy[row]
+            values, token = logprobs[row], greedy[row]
+            if not sequence.finish_reason and parameters.choices:
+                allowed = self._allowed(sequence)
+                values = torch.full_like(values, -math.inf).index_copy(0, allowed, values[allowed])
+                token = int(values.argmax())
             if not sequence.finish_reason and parameters.temperature > 0:
-                token = _draw(
-                    logprobs[row], parameters.temperature, parameters.top_k, parameters.top_p, sequence.generator
-                )
+                token = _draw(values, parameters.temperature, parameters.top_k, parameters.top_p, sequence.generator)
             tokens.append(token)
         picked = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device).unsqueeze(1)).squeeze(1).tolist()
         for sequence, value in zip(alive, picked, strict=True):
@@ -121,6 +124,21 @@ class TransformersEngine:
                 sequence.logprob += value
                 sequence.count += 1
         return tokens
+
+    def _allowed(self, sequence: SequenceState) -> Tensor:
+        """Tokens that go on with one of a sequence's choices; the end token after a whole one."""
+        written = len(sequence.ids)
+        choices = [self._encode_choice(choice) for choice in sequence.request.parameters.choices]
+        fitting = [choice for choice in choices if list(choice[:written]) == sequence.ids]
+        found = {choice[written] if len(choice) > written else self.end for choice in fitting}
+        return torch.tensor(sorted(found), device=self.device)
+
+    def _encode_choice(self, choice: str) -> tuple[int, ...]:
+        """A choice's tokens as they stand after other text: some tokenizers put a space before a text's first word."""
+        if choice not in self._encoded:
+            before, whole = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (":", f":{choice}"))
+            self._encoded[choice] = tuple(whole[len(before) :])
+        return self._encoded[choice]
 
     def _append(self, sequence: SequenceState, token: int) -> None:
         if sequence.finish_reason:

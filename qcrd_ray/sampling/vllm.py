@@ -174,6 +174,7 @@ def _model_length(spec: EngineSpec) -> int:
 
 def _parameters(request: Request) -> Any:
     from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
     asked: SamplingParameters = request.parameters
     return SamplingParams(
@@ -191,4 +192,5 @@ def _parameters(request: Request) -> Any:
         ignore_eos=asked.ignore_end,
         logprobs=0 if asked.logprobs else None,
         skip_special_tokens=True,
+        structured_outputs=StructuredOutputsParams(choice=list(asked.choices)) if asked.choices else None,
     )

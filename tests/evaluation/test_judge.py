@@ -314,18 +314,22 @@ def test_two_students_and_a_judge_for_real(tmp_path: Path) -> None:
         for order in ("a_first", "b_first"):
             assert sum(one[order].values()) == 3 - one["identical"]
     assert sum(one["identical"] for one in result["comparisons"]) == len(lines) - len(asked)
-    # A judge with random weights says nothing that can be read: it is counted as such, never as a tie.
-    assert sum(one["unjudged"] for one in result["comparisons"]) == sum(line["outcome"] is None for line in lines) > 0
+    # A judge of plain text is held to its choices, so that even one with random weights gives verdicts.
+    assert {line[raw].strip() for line in asked for raw in ("raw_a_first", "raw_b_first")} <= {"A", "B", "TIE"}
+    assert sum(one["unjudged"] for one in result["comparisons"]) == 0
+    assert result["judge"]["choices"] == [" A", " B", " TIE"]
 
-    # Verdicts that stand in the file are taken from there, as is nothing of another judge's.
+    # Answers that stand in the file are taken from there. What cannot be read is counted as such, never as a tie.
     path = tmp_path / "out" / ANSWERS
     rng = random.Random(0)
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    path.write_text("".join(json.dumps({**row, "text": rng.choice(["Better: A", "B"])}) + "\n" for row in rows))
+    said = [*(rng.choice(["Better: A", "B"]) for _ in rows[1:]), "Both have their merits"]
+    path.write_text("".join(json.dumps({**row, "text": text}) + "\n" for row, text in zip(rows, said, strict=True)))
     again = compare(config)
-    assert sum(one["unjudged"] for one in again["comparisons"]) == 0
-    assert sum(one["a_better"] + one["tie"] + one["b_better"] for one in again["comparisons"]) == 6
     second = [json.loads(line) for line in (tmp_path / "out" / PAIRS).read_text().splitlines()]
+    unread = sum(line["outcome"] is None for line in second)
+    assert sum(one["unjudged"] for one in again["comparisons"]) == unread > 0
+    assert sum(one["a_better"] + one["tie"] + one["b_better"] for one in again["comparisons"]) == 6 - unread
     assert [line["rationale_a"] for line in second] == [line["rationale_a"] for line in lines]
     texts_of = {line["raw_a_first"] for line in second if line["rationale_a"] != line["rationale_b"]}
-    assert texts_of and texts_of <= {"Better: A", "B"}
+    assert texts_of and texts_of <= set(said)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from qcrd_ray.models.scratch import build_scratch
 from qcrd_ray.sampling.engine import EngineSpec, Generation, Request, SamplingEngine, SamplingParameters, start_engine
+from qcrd_ray.sampling.t5 import T5Engine
 
 TEXTS = [f"What is {a} + {b}? {a} + {b} = {a + b}." for a in range(40) for b in range(5)]
 HOT = SamplingParameters(temperature=1.5, top_k=20, max_tokens=12)
@@ -133,6 +135,33 @@ def test_the_likeliest_tokens_are_all_that_top_k_leaves(models: dict[str, Path])
     assert all(not math.isnan(generation.mean_logprob) for generation in generations)
 
 
+LETTERS, CHOICES = ("W", "7", "+", "?"), ("What is 1", "+ 2", "7 =")
+
+
+def assert_held_to_choices(engine: SamplingEngine, tokenizer: Any) -> None:
+    """Greedy takes the likeliest of choices of one token, and heat finds all, long ones too."""
+    anchor = len(tokenizer(":", add_special_tokens=False)["input_ids"])
+    tokens = [tokenizer(f":{letter}", add_special_tokens=False)["input_ids"][anchor:] for letter in LETTERS]
+    assert all(len(ids) == 1 for ids in tokens)
+    greedy = sample(engine, replace(GREEDY, choices=LETTERS), list(range(11)))
+    for index, [generation] in greedy.items():
+        values = engine.target_logprobs([prompts()[index]] * len(tokens), tokens)
+        assert [*generation.token_ids] == tokens[values.index(max(values))]
+        assert generation.finish_reason == "stop"
+    hot = sample(engine, replace(HOT, temperature=2.0, top_k=0, choices=CHOICES), [3], n=200)[3]
+    assert {tokenizer.decode(generation.token_ids) for generation in hot} == set(CHOICES)
+    assert tokenizer.decode(sample(engine, GREEDY, [0])[0][0].token_ids) not in LETTERS + CHOICES
+
+
+def test_a_text_is_one_of_its_choices(reference: tuple[str, Any]) -> None:
+    _, engine = reference
+    if isinstance(engine, T5Engine):
+        with pytest.raises(ValueError, match="holds no text to choices"):
+            sample(engine, replace(GREEDY, choices=CHOICES), [0])
+    else:
+        assert_held_to_choices(engine, engine.tokenizer)
+
+
 @pytest.mark.slow
 @pytest.mark.beside
 def test_vllm_samples_by_seed_and_holds_the_weights_it_was_given(models: dict[str, Path]) -> None:
@@ -145,6 +174,7 @@ def test_vllm_samples_by_seed_and_holds_the_weights_it_was_given(models: dict[st
         expected = mean_logprob(models["llama"], prompts()[index], generation, engine.end)
         assert generation.mean_logprob == pytest.approx(expected, abs=1e-3)
     assert len({generation.token_ids for generation in sample(engine, HOT, [4], n=5)[4]}) == 5
+    assert_held_to_choices(engine, AutoTokenizer.from_pretrained(models["llama"]))
 
     targets = [prompt[::-1] for prompt in prompts()]
     first = engine.target_logprobs(prompts(), targets)
