@@ -136,7 +136,9 @@ class TransformersEngine:
     def _encode_choice(self, choice: str) -> tuple[int, ...]:
         """A choice's tokens as they stand after other text: some tokenizers put a space before a text's first word."""
         if choice not in self._encoded:
-            before, whole = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (":", f":{choice}"))
+            before, whole = (
+                self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (":", f":{choice}")
+            )
             self._encoded[choice] = tuple(whole[len(before) :])
         return self._encoded[choice]
 

@@ -9,7 +9,8 @@ E bytes an element of the weights (2 for bf16, 4 for fp32), T trained elements, 
 | fp32 masters | none (fp32 only) | 4 T / W | 4 T / W in bf16 |
 | Adam's moments | 8 T | 8 T / W | 8 T / W |
 | gradients of the weights | E T | E T | E T, and E T / W of the worker's own |
-| reduction | E T and the transport's E T / W | the same, and E T / W, later 4 T / W of the worker's own | 2 E T |
+| reduction | E T and the transport's E T / W | the same, and E T / W | 2 E T |
+| flat gradient | none | 4 T / W, and E T / W beside it; on a CPU kept from step to step | as 1 and 2 |
 """
 
 from __future__ import annotations
@@ -151,6 +152,9 @@ def _worker(config: ExperimentConfig, machine: Machine, shape: Any, batches: Bat
     else:
         reduction = Blocks.of(bucket, gradient / workers, gradient / workers)
     update = Blocks.of(4 * shard, element * shard) if stage else Blocks()
+    flat = Blocks()
+    if stage in (1, 2) and not machine.gpu:
+        flat, update = Blocks.of(4 * shard), Blocks.of(element * shard)
     snapshot = every
     consolidated = every if stage == 3 else Blocks()
     if machine.gpu:  # weights go to the host's memory one by one, and so does a snapshot
@@ -162,7 +166,7 @@ def _worker(config: ExperimentConfig, machine: Machine, shape: Any, batches: Bat
     # of ZeRO-3, which is gathered parameter by parameter, still holds its place in the heap then.
     kept_snapshot = snapshot if stage == 3 else Blocks()
     start = held + Blocks.of(masters) + own
-    steady = held + optimizer + own + gathered + judge_states
+    steady = held + optimizer + own + flat + gathered + judge_states
     phases = {
         "loading": every + held + Blocks.of(masters) if stage else every,
         "starting": start + Blocks.of(4 * shard) + (every if stage == 3 else Blocks()),
@@ -188,7 +192,7 @@ def _worker(config: ExperimentConfig, machine: Machine, shape: Any, batches: Bat
     gradients = own.total + kept
     parts = {
         "weights": held.total + gathered.total,
-        "gradients": gradients + reduction.total,
+        "gradients": gradients + reduction.total + flat.total,
         "optimizer": optimizer.total,
         "activations": max(choice.peak, backward.peak - kept),
         "judge": judge_states.total + judge_pass.peak,

@@ -128,10 +128,10 @@ class TrainEngine:
         return torch.where(torch.isfinite(norm), norm, -1.0)
 
     def _flat_gradient(self, group: int) -> Tensor:
-        """The gradient of this rank's partition of a group, flat and in the masters' precision, in DeepSpeed's place.
+        """The gradient of this rank's partition of a group, flat, in the masters' precision, in DeepSpeed's place.
 
-        DeepSpeed makes it anew each step, twice, which for a CPU is gigabytes of fresh pages: clearing them takes longer
-        than AdamW does. Here its memory is kept, and written once.
+        DeepSpeed makes it anew each step, twice. On a CPU that is fresh memory of the system, and clearing it takes
+        longer than AdamW does. Here the memory is kept, and written once.
         """
         masters = self.optimizer.single_partition_of_fp32_groups[group]
         if group not in self._flat_gradients:
