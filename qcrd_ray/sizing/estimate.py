@@ -9,7 +9,7 @@ E bytes an element of the weights (2 for bf16, 4 for fp32), T trained elements, 
 | fp32 masters | none (fp32 only) | 4 T / W | 4 T / W in bf16 |
 | Adam's moments | 8 T | 8 T / W | 8 T / W |
 | gradients of the weights | E T | E T | E T, and E T / W of the worker's own |
-| reduction | E T and the transport's E T / W | the same, and E T / W | 2 E T |
+| reduction | E T and the transport's E T / W | the same, and E T / W; none for one worker of ZeRO 1 on a CPU | 2 E T |
 | flat gradient | none | 4 T / W, and E T / W beside it; on a CPU kept from step to step | as 1 and 2 |
 """
 
@@ -149,6 +149,8 @@ def _worker(config: ExperimentConfig, machine: Machine, shape: Any, batches: Bat
         kept = element * min(trained, BUCKET_ELEMENTS)
         backward = backward.less(gradient - kept)
         reduction = Blocks.of(bucket, kept)
+    elif stage == 1 and workers == 1 and not machine.gpu:
+        reduction = Blocks()
     else:
         reduction = Blocks.of(bucket, gradient / workers, gradient / workers)
     update = Blocks.of(4 * shard, element * shard) if stage else Blocks()

@@ -80,12 +80,17 @@ class TrainEngine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, config=settings, dist_init_required=False
         )
-        if self.stage == 0 and dist.get_world_size() == 1:
+        alone = dist.get_world_size() == 1
+        on_cpu = next(self.module.parameters()).device.type == "cpu" and not getattr(
+            self.optimizer, "cpu_offload", None
+        )
+        self._gives_gradients = self.stage == 1 and alone and on_cpu
+        if (self.stage == 0 and alone) or self._gives_gradients:
             # There is nobody to take a mean with, and DeepSpeed would copy all gradients there and back.
             self.engine.enable_backward_allreduce = False
         if self.stage in (1, 2):
             self.optimizer.get_grad_norm_direct = self._norm_of_partition
-            if next(self.module.parameters()).device.type == "cpu":
+            if on_cpu:
                 self._flat_gradients: dict[int, Tensor] = {}
                 self.optimizer._get_preflattened_grad_partition = self._flat_gradient
         self.engine.train(True)  # a network that was loaded is in evaluation mode
@@ -109,6 +114,12 @@ class TrainEngine:
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.engine.set_gradient_accumulation_boundary(True)
+        if self._gives_gradients:
+            for group, parameters in enumerate(self.optimizer.params_in_partition):
+                gradients = [(self.optimizer.get_gradient_for_reduction(one), one) for one in parameters]
+                self.optimizer.averaged_gradients[group] = [
+                    torch.zeros_like(parameter) if gradient is None else gradient for gradient, parameter in gradients
+                ]
         clipped = None if self.stage else torch.nn.utils.clip_grad_norm_(self.parameters, self.clip or float("inf"))
         self.engine.step()
         norm = self.engine.get_global_grad_norm() if self.stage else clipped

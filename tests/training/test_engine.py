@@ -44,6 +44,33 @@ def test_a_gradient_that_is_no_number_changes_no_weight(stage: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.usefixtures("one_rank")
+def test_updates_are_those_of_adamw_on_float32_masters(stage: int) -> None:
+    """Three steps of two passes each; the second leaves the first question out."""
+    student = tiny_student("llama").to(torch.bfloat16)
+    alone = copy.deepcopy(student)
+    masters = [weight.detach().float() for weight in alone.parameters()]
+    adam = torch.optim.AdamW(masters, lr=1e-2, weight_decay=0.1)
+    engine = TrainEngine(student, lr=1e-2, weight_decay=0.1, clip=1e9, zero_stage=stage, precision="bf16")
+    for number in range(3):
+        alone.zero_grad()
+        for items, last in ((ITEMS, False), (ITEMS[1:], True)):
+            engine.backward(engine.forward(items).sum(), last=last)
+            alone(items).sum().backward()
+        engine.step(1e-2 / (1 + number))
+        for master, weight in zip(masters, alone.parameters(), strict=True):
+            master.grad = torch.zeros_like(master) if weight.grad is None else weight.grad.float()
+        adam.param_groups[0]["lr"] = 1e-2 / (1 + number)
+        adam.step()
+        for master, weight in zip(masters, alone.parameters(), strict=True):
+            weight.data.copy_(master)
+    held = {name: tensors["weight"] for name, tensors in engine.full_state()}
+    for (name, weight), master, own in zip(alone.named_parameters(), masters, engine.module.parameters(), strict=True):
+        torch.testing.assert_close(held[name], master, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(own, weight, rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.5, 1e9])
 @pytest.mark.usefixtures("one_rank")
 def test_gradients_are_clipped_by_their_norm(clip: float) -> None:
