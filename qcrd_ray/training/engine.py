@@ -81,9 +81,8 @@ class TrainEngine:
             model=self.module, optimizer=optimizer, config=settings, dist_init_required=False
         )
         alone = dist.get_world_size() == 1
-        on_cpu = next(self.module.parameters()).device.type == "cpu" and not getattr(
-            self.optimizer, "cpu_offload", None
-        )
+        offloads = getattr(self.optimizer, "cpu_offload", False)
+        on_cpu = next(self.module.parameters()).device.type == "cpu" and not offloads
         self._gives_gradients = self.stage == 1 and alone and on_cpu
         if (self.stage == 0 and alone) or self._gives_gradients:
             # There is nobody to take a mean with, and DeepSpeed would copy all gradients there and back.

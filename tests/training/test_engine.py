@@ -47,7 +47,7 @@ def test_a_gradient_that_is_no_number_changes_no_weight(stage: int) -> None:
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.usefixtures("one_rank")
 def test_updates_are_those_of_adamw_on_float32_masters(stage: int) -> None:
-    """Three steps of two passes each; the second leaves the first question out."""
+    """Three steps of two passes each."""
     student = tiny_student("llama").to(torch.bfloat16)
     alone = copy.deepcopy(student)
     masters = [weight.detach().float() for weight in alone.parameters()]
