@@ -83,7 +83,7 @@ class TrainEngine:
         alone = dist.get_world_size() == 1
         offloads = getattr(self.optimizer, "cpu_offload", False)
         on_cpu = next(self.module.parameters()).device.type == "cpu" and not offloads
-        self._gives_gradients = self.stage == 1 and alone and on_cpu
+        self._gives_gradients = self.stage == 1 and alone and on_cpu and not self.optimizer.overlap_comm
         if (self.stage == 0 and alone) or self._gives_gradients:
             # There is nobody to take a mean with, and DeepSpeed would copy all gradients there and back.
             self.engine.enable_backward_allreduce = False
