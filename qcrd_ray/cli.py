@@ -6,6 +6,7 @@ Imports only the config, so that `--help` answers at once; a job imports its hea
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import math
@@ -129,18 +130,25 @@ def _exit_code(work: Callable[[], int]) -> int:
     try:
         return work()
     except Stopped as stopped:
-        print(stopped, file=sys.stderr, flush=True)
+        _say_last(str(stopped))
         return SIGNAL_CODE + (stopped.signal or signal.SIGTERM)
     except KeyboardInterrupt:
         number = received[0] if received else signal.SIGINT
-        print(f"interrupted by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+        _say_last(f"interrupted by {signal.Signals(number).name}")
         return SIGNAL_CODE + number
     except Exception as error:
         user_error = find_user_error(error)
         if user_error is None:
             raise
-        print(f"error: {user_error}", file=sys.stderr, flush=True)
+        _say_last(f"error: {user_error}")
         return USER_ERROR_CODE
+
+
+def _say_last(line: str) -> None:
+    """Write the last line of standard error; what was printed before, by Ray too, may still wait in a buffer."""
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        sys.stdout.flush()
+    print(line, file=sys.stderr, flush=True)
 
 
 def _interrupt_on_sigterm(received: list[int]) -> None:

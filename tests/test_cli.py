@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -45,3 +48,24 @@ def test_user_error_is_found_in_what_wraps_it() -> None:
     assert found is not None
     assert str(found) == "inner"
     assert find_user_error(RuntimeError("other")) is None
+
+
+def test_the_error_is_the_last_line_whatever_was_printed_before() -> None:
+    """As Ray prints what a raylet says: to standard output, which is buffered where it is no terminal."""
+    program = """
+import sys
+from qcrd_ray.cli import run_job
+from qcrd_ray.errors import UserError
+
+def job():
+    print("(raylet) a task is tried again")
+    raise UserError("no such teacher")
+
+sys.exit(run_job(lambda: job))
+"""
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=buffered)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == ["(raylet) a task is tried again", "error: no such teacher"]
