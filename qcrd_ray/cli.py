@@ -82,7 +82,7 @@ def run_job(prepare: Callable[[], Callable[[], Mapping[str, Any]] | None]) -> in
         line = result_line(result)
         sys.stdout.flush()
         if failures is not None:
-            print(f"error: {failures}", file=sys.stderr, flush=True)
+            _say_last(f"error: {failures}")
         stdout.write(line + "\n")
         stdout.flush()
         return 0 if failures is None else FAILURES_CODE
