@@ -41,6 +41,8 @@ from qcrd_ray.sweeps.settings import SweepSettings
 from qcrd_ray.sweeps.space import Axis, Choice, Space
 from qcrd_ray.sweeps.summary import mean_and_interval
 from qcrd_ray.sweeps.trial import FINISHED
+from qcrd_ray.training.methods import METHODS
+from qcrd_ray.training.methods.base import contrasted_rationales, no_rationales
 
 ROOT = Path(__file__).resolve().parents[1]
 TUNING_SEED = 100
@@ -79,7 +81,7 @@ TWO_AT_ONCE = (
 SCRATCH = (
     "train.max_steps=800", "train.iteration_steps=40", "train.eval_interval=200", "train.batch_size=16",
     "train.log_interval=50", "negatives.lag=5", "negatives.max_tokens=64", "student.max_rationale_tokens=64",
-    "judge.pretrain_steps=100", *TWO_AT_ONCE,
+    "judge.pretrain_steps=100", "judge.lr=1e-3", *TWO_AT_ONCE,
 )  # fmt: skip
 
 SMOLLM2 = (
@@ -310,8 +312,9 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _takes(method: str, key: str) -> bool:
     """Whether a term is one of the method's loss; the others are recorded as 0."""
-    not_of = {"loss_positive": ("finetune", "single_task"), "loss_negative": ("finetune", "single_task", "dss", "mi")}
-    return method not in not_of.get(key, ())
+    rationales = METHODS[method].rationales
+    not_of = {"loss_positive": rationales is no_rationales, "loss_negative": rationales is not contrasted_rationales}
+    return not not_of.get(key, False)
 
 
 def _active(found: Mapping[str, Any], method: str) -> str:
