@@ -52,15 +52,18 @@ class ModelProcess:
 
 
 _lock = threading.Lock()
-_started: dict[str, Any] = {}
-"""The actor of this process's connection to Ray, by the connection's id; those of earlier ones are gone."""
+_started: dict[tuple[str, str], Any] = {}
+"""The actor of this process's connection to Ray, by the ids of node and driver; those of earlier ones are gone.
+
+The driver's alone will not do: it follows from the number of the job, and every Ray that is started here begins at 1.
+"""
 
 
 def model_process() -> Any:
     """Handle of this process's ModelProcess, which starts in the background with the first call."""
     context = ray.get_runtime_context()
     with _lock:
-        connection = context.get_worker_id()
+        connection = (context.get_node_id(), context.get_worker_id())
         if connection not in _started:
             here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
             actor = ray.remote(ModelProcess).options(
