@@ -354,11 +354,13 @@ class SamplerConfig(Section):
     timeout_s: Positive = Field(600, description="Seconds to wait for an engine or a chunk before an error.")
     verify_weights: bool = Field(
         True,
-        description="Compare the log-probability of a probe text under each snapshot, as the engine that holds it "
+        description="Compare the log-probability of probe texts under each snapshot, as the engine that holds it "
         "computes it, with the trainer's; the run ends where they differ.",
     )
     verify_tolerance: Annotated[float, Field(gt=0.0)] | None = Field(
-        None, description="Difference allowed, nats a token. Default: 0.05 where bf16 is involved, else 0.001."
+        None,
+        description="Difference allowed, nats a token. Default: 0.001 in fp32, 0.05 where bf16 is involved, 1 where a "
+        "sampler in bf16 rounds what is trained in fp32 or as adapters.",
     )
     sleep: bool = Field(
         False,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qcrd_ray.config import ExperimentConfig
 from qcrd_ray.models.lora import ADAPTER, adapter_state, merge_adapters, save_adapter
-from qcrd_ray.models.student import Item, Student, save_student
+from qcrd_ray.models.student import Item, Student, cut_into_passes, save_student
 from qcrd_ray.run_folder import RunFolder
 from qcrd_ray.sampling.snapshot import probe, write_description
 from qcrd_ray.training.checkpoint import network_state
@@ -46,6 +46,7 @@ class SnapshotPublisher:
         self._run, self._engine, self._student, self._fence = run, engine, student, fence
         verified = config.sampler.verify_weights and config.sampled_negatives > 0
         self._probe = probe(run, model, config) if verified else None
+        self._budget = config.train.tokens_per_pass
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self.seconds = 0.0
@@ -81,15 +82,18 @@ class SnapshotPublisher:
             raise error
 
     def _probe_logprob(self) -> float | None:
-        """Mean log-probability of the probe text, nats a token, as training computes it."""
+        """Mean log-probability of the probe texts, nats a token, as training computes it."""
         if self._probe is None:
             return None
-        prompt, target = self._probe
+        items = [Item(prompt, [target]) for prompt, target in self._probe]
+        total = 0.0
         self._engine.train(False)
         with torch.no_grad():
-            ce = self._engine.forward([Item(prompt, [target])])
+            for some in cut_into_passes(self._student, items, self._budget, split=False):
+                lengths = [len(target) for item in some for target in item.targets]
+                total += sum(float(ce) * n for ce, n in zip(self._engine.forward(some), lengths, strict=True))
         self._engine.train(True)
-        return -float(ce[0])
+        return -total / sum(len(target) for _, target in self._probe)
 
     def _write(
         self, number: int, step: int, weights: dict[str, Tensor], logprob: float | None, announce: Announce

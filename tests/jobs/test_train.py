@@ -156,7 +156,7 @@ def test_an_engine_that_does_not_hold_its_snapshot_is_found_out(tiny_run: tuple[
     first, second = (sampler.predict("test", 0, 1, snapshot) for snapshot in snapshots)
     assert first[0].id == second[0].id
     sampler.engine.load_weights = lambda folder: None  # type: ignore[method-assign]
-    with pytest.raises(WrongWeights, match=r"snapshots/000002: the engine gives the probe text .* does not hold"):
+    with pytest.raises(WrongWeights, match=r"snapshots/000002: the engine gives the probe texts .* does not hold"):
         sampler.predict("test", 0, 1, snapshots[0])
     assert sampler.holds is None
 
