@@ -131,7 +131,7 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     comparison, place = COMPARISONS[name], arguments.output.absolute() / name
     counts = split(comparison, arguments.data / comparison.task, place / "data")
     file, settings = ROOT / "jobs" / "configs" / comparison.config, [
-        f"task={comparison.task}", "teacher.engine=recorded", f"data.path={place / 'data'}",
+        f"task={comparison.task}", "teacher.engine=recorded", "teacher.precision=fp32", f"data.path={place / 'data'}",
         f"data.teachers=[{comparison.teacher}]", f"run.storage_path={place}", *comparison.settings,
     ]  # fmt: skip
     base = load_config(file, [*settings, *arguments.overrides])
