@@ -313,8 +313,8 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
 def _takes(method: str, key: str) -> bool:
     """Whether a term is one of the method's loss; the others are recorded as 0."""
     rationales = METHODS[method].rationales
-    not_of = {"loss_positive": rationales is no_rationales, "loss_negative": rationales is not contrasted_rationales}
-    return not not_of.get(key, False)
+    takes = {"loss_positive": rationales is not no_rationales, "loss_negative": rationales is contrasted_rationales}
+    return takes.get(key, True)
 
 
 def _active(found: Mapping[str, Any], method: str) -> str:
