@@ -5,17 +5,17 @@
 
 FOLDER holds the benchmark data: `svamp`, `cqa`, `esnli`, each with `train.jsonl` and `valid.jsonl`. A comparison begins
 with a sweep that trains every method once with every learning rate, for half the steps, from a seed of its own; the
-rate that is best on the validation split is the method's. Then a sweep for each of N seeds trains every method with its
-rate. The student that is reported is the best of its run on the validation split, scored on the test split.
+rate that is best on the validation split is the method's. Then a sweep over N seeds trains every method with its rate.
+The student that is reported is the best of its run on the validation split, scored on the test split.
 
 No split of the benchmark was chosen by: FOLDER's `valid.jsonl` is the test split here, and a validation split is taken
 from `train.jsonl` by a hash of the ids. Of SVAMP, questions that this teacher was never asked train nothing in any
 method and are in the test split too.
 
 Whatever ends it, the same command goes on, with `--pieces` also where the runs are not: what has ended is kept there, a
-file a sweep. `OUTPUT/NAME.json` holds what `docs/results.md` shows: means over seeds with 95 % intervals by Student's
-t, and for each pair of methods the paired difference: of the two means of a question over seeds, its 95 % interval over
-questions, and the p of a sign-flip test.
+file for the tuning and one a seed. `OUTPUT/NAME.json` holds what `docs/results.md` shows: means over seeds with 95 %
+intervals by Student's t, and for each pair of methods the paired difference: of the two means of a question over seeds,
+its 95 % interval over questions, and the p of a sign-flip test.
 """
 
 from __future__ import annotations
@@ -138,17 +138,14 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     brief = load_config(file, [*settings, *comparison.tuning, *arguments.overrides])
     tuned = Axis("method", "method and learning rate", tuple(_choices(comparison.methods, comparison.rates)))
     pieces = arguments.pieces or arguments.output
-    tuning = piece(brief, tuned, TUNING_SEED, pieces / f"{name}-tuning.json")
+    tuning = all_trials(brief, tuned, {TUNING_SEED: pieces / f"{name}-tuning.json"})
     rates = {
         method: max(comparison.rates, key=lambda rate: _valid(tuning, _label(method, rate)))
         for method in comparison.methods
     }
     chosen = Axis("method", "method", tuple(Choice(m, {"method": m, "optim.lr": rates[m]}) for m in rates))
-    trials = [
-        trial
-        for seed in range(base.train.seed, base.train.seed + arguments.seeds)
-        for trial in piece(base, chosen, seed, pieces / f"{name}-seed-{seed}.json")
-    ]
+    seeds = range(base.train.seed, base.train.seed + arguments.seeds)
+    trials = all_trials(base, chosen, {seed: pieces / f"{name}-seed-{seed}.json" for seed in seeds})
     answers = {method: right_answers(trials, method) for method in comparison.methods}
     rows = [{key: value for key, value in trial.items() if key != "answers"} for trial in trials]
     return {
@@ -210,38 +207,68 @@ def _read(file: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
-def piece(base: ExperimentConfig, axis: Axis, seed: int, file: Path) -> list[dict[str, Any]]:
-    """A row for each choice of the axis with one seed, with its `answers`: as `file` has them, else by a sweep.
+class Piece:
+    """The trials of one seed that have ended well, in a file that goes from machine to machine.
 
-    Whatever ends the sweep, the file has the trials that had ended well.
+    Attributes:
+        base: the config of all trials.
+        trials: by the labels of their choices: a sweep's row, with `settings`, `last` and `answers`.
     """
-    base = base.model_copy(update={"train": base.train.model_copy(update={"seed": seed})})
-    config = config_to_yaml(shown(base))
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"config": config, "trials": []}
-    if found["config"] != config:
-        raise SystemExit(f"error: {file} is of another config; give another --pieces or remove it")
-    settings = {choice.label: dict(choice.settings) for choice in axis.choices}
-    labelled = {trial["labels"][axis.name]: trial for trial in found["trials"]}
-    trials = {label: trial for label, trial in labelled.items() if trial["settings"] == settings.get(label)}
-    missing = tuple(choice for choice in axis.choices if choice.label not in trials)
-    if missing:
-        options, space = SweepSettings(name=file.stem), Space((replace(axis, choices=missing),))
-        plan = Plan(options, base, space)
-        try:
-            sweep(options, base, space)
-        finally:
-            for row in plan.rows():
-                label, run = row.labels[axis.name], plan.run(row.trial)
-                if row.status == FINISHED:
-                    more = {"settings": settings[label], "last": last_steps(run), "answers": _answers(run)}
-                    trials[label] = vars(row) | more
-            kept = [trials[choice.label] for choice in axis.choices if choice.label in trials]
-            write_text_atomic(file, json.dumps({"config": config, "trials": kept}, indent=1) + "\n")
-        if len(kept) < len(axis.choices):
-            raise SystemExit(
-                f"error: {plan.folder}: {len(axis.choices) - len(kept)} trials failed; see its outcomes.json"
-            )
-    return [trials[choice.label] for choice in axis.choices]
+
+    def __init__(self, base: ExperimentConfig, axis: Axis, seed: int, file: Path) -> None:
+        self.base = base.model_copy(update={"train": base.train.model_copy(update={"seed": seed})})
+        self.axis, self.seed, self.file = axis, seed, file
+        self.config = config_to_yaml(shown(self.base))
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"config": self.config, "trials": []}
+        if found["config"] != self.config:
+            raise SystemExit(f"error: {file} is of another config; give another --pieces or remove it")
+        settings = {choice.label: dict(choice.settings) for choice in axis.choices}
+        labelled = {trial["labels"][axis.name]: trial for trial in found["trials"]}
+        self.trials = {label: trial for label, trial in labelled.items() if trial["settings"] == settings.get(label)}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """In the order of the axis."""
+        return [self.trials[choice.label] for choice in self.axis.choices if choice.label in self.trials]
+
+    def write(self) -> None:
+        write_text_atomic(self.file, json.dumps({"config": self.config, "trials": self.rows()}, indent=1) + "\n")
+
+
+def all_trials(base: ExperimentConfig, axis: Axis, files: Mapping[int, Path]) -> list[dict[str, Any]]:
+    """Rows of every choice with every seed, as the seeds' `files` have them, else by sweeps, several seeds at once.
+
+    Whatever ends a sweep, the files have the trials that had ended well.
+    """
+    pieces = {seed: Piece(base, axis, seed, file) for seed, file in files.items()}
+    missing: dict[tuple[int, ...], list[Choice]] = {}
+    for choice in axis.choices:
+        seeds = tuple(seed for seed, piece in pieces.items() if choice.label not in piece.trials)
+        missing.setdefault(seeds, []).append(choice)
+    for seeds, choices in missing.items():
+        if seeds:
+            _sweep([pieces[seed] for seed in range(seeds[0], seeds[-1] + 1)], tuple(choices))
+    return [row for piece in pieces.values() for row in piece.rows()]
+
+
+def _sweep(pieces: Sequence[Piece], choices: tuple[Choice, ...]) -> None:
+    """Run choices with the pieces' seeds, which follow on each other."""
+    first, axis = pieces[0], replace(pieces[0].axis, choices=choices)
+    options, space = SweepSettings(name=first.file.stem, seeds=len(pieces)), Space((axis,))
+    plan = Plan(options, first.base, space)
+    try:
+        sweep(options, first.base, space)
+    finally:
+        rows = [row for row in plan.rows() if row.status == FINISHED]
+        settings = {choice.label: dict(choice.settings) for choice in choices}
+        for row in rows:
+            label, run = row.labels[axis.name], plan.run(row.trial)
+            more = {"settings": settings[label], "last": last_steps(run), "answers": _answers(run)}
+            pieces[row.seed - first.seed].trials[label] = vars(row) | more
+        for piece in pieces:
+            piece.write()
+    failed = len(pieces) * len(choices) - len(rows)
+    if failed:
+        raise SystemExit(f"error: {plan.folder}: {failed} trials failed; see its outcomes.json")
 
 
 def last_steps(run: RunFolder) -> dict[str, float]:
