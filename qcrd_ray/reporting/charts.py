@@ -67,7 +67,7 @@ _PANELS = (
     _Panel("Throughput", "Trained tokens a second, of each step.", (("tokens_per_second", ""),), "tokens/s"),
     _Panel(
         "Waiting for negatives",
-        "Seconds that each step waited; the first wait is the warm-up and counts as no stall.",
+        "Seconds that each step waited; without the first wait, which is the warm-up and counts as no stall.",
         (("wait_seconds", ""),),
         "seconds",
     ),
@@ -99,6 +99,8 @@ def over_steps(runs: Sequence[RunRecord], titles: Iterable[str]) -> list[Drawing
 
 
 def _values(run: RunRecord, column: str) -> np.ndarray:
+    if column == "wait_seconds":
+        return np.where(np.arange(run.step_count) == 0, np.nan, run.column(column))
     if column != "tokens_per_second":
         return run.column(column)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -141,7 +143,7 @@ def accuracy(runs: Sequence[RunRecord]) -> Drawing | None:
                 colour = PALETTE[(number if len(runs) > 1 else place) % len(PALETTE)]
                 plot.plot(
                     *zip(*points, strict=True), color=colour, linestyle=STYLES[place], label=name, markersize=4,
-                    marker=MARKERS[(number if len(runs) > 1 else place) % len(MARKERS)],
+                    marker=MARKERS[(number + number // len(PALETTE) if len(runs) > 1 else place) % len(MARKERS)],
                 )  # fmt: skip
                 values += [value for _, value in points]
             if (best := run.best) is not None:

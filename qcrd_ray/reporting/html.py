@@ -24,7 +24,8 @@ def render(package: str, template: str, **values: Any) -> str:
         undefined=StrictUndefined,
     )
     environment.filters |= {"number": number, "percent": percent, "whole": whole}
-    return environment.get_template(template).render(**values)
+    text = environment.get_template(template).render(**values)
+    return text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate has no UTF-8
 
 
 def number(value: float | None, digits: int = 3) -> str:

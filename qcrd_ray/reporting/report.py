@@ -21,7 +21,7 @@ from qcrd_ray.reporting import charts
 from qcrd_ray.reporting.curves import interval
 from qcrd_ray.reporting.html import PAGE, render
 from qcrd_ray.reporting.questions import STUDENT, QuestionRow, pack, question_rows
-from qcrd_ray.reporting.run_record import RunRecord, open_run, read_run
+from qcrd_ray.reporting.run_record import RunRecord, finite, open_run, part, read_run
 from qcrd_ray.reporting.votes import agreement_rows, vote_confusion
 from qcrd_ray.run_folder import RunFolder, write_text_atomic
 
@@ -84,14 +84,13 @@ def write_report(run: RunFolder) -> None:
 
 def read_runs(folders: Sequence[RunFolder]) -> list[RunRecord]:
     """Runs with labels that tell them apart: their names, or as much of their paths as it takes."""
-    labels = [folder.name for folder in folders]
-    twice = {label for label, count in Counter(labels).items() if count > 1}
-    parents = [
-        f"{str(folder).rsplit('/', 2)[-2]}/{folder.name}" if "/" in str(folder) else folder.name for folder in folders
-    ]
-    for place, folder in enumerate(folders):
-        if labels[place] in twice:
-            labels[place] = parents[place] if parents.count(parents[place]) == 1 else f"{place + 1}: {folder.name}"
+    paths = [str(folder).split("/") for folder in folders]
+    labels, length = [folder.name for folder in folders], 1
+    while length < max(map(len, paths)) and len(set(labels)) < len(labels):
+        length += 1
+        twice = {label for label, count in Counter(labels).items() if count > 1}
+        longer = ["/".join(path[-length:]) for path in paths]
+        labels = [new if old in twice else old for old, new in zip(labels, longer, strict=True)]
     return [read_run(folder, label) for folder, label in zip(folders, labels, strict=True)]
 
 
@@ -111,7 +110,7 @@ def report_of(runs: Sequence[RunRecord]) -> str:
         title=runs[0].label if len(runs) == 1 else f"Comparison of {len(runs)} runs",
         runs=runs,
         facts=facts,
-        unlike=_unlike(facts),
+        unlike=_unlike(runs, facts),
         accuracy=accuracy,
         losses=charts.over_steps(runs, charts.LOSSES),
         others=charts.over_steps(runs, charts.OTHERS),
@@ -148,12 +147,13 @@ class Facts:
     before: float | None
     after: float | None
     split: str | None
-    n: int | None
+    n: float | None
     low: float | None
     high: float | None
     chosen: str | None
     best: float | None
     best_step: int | None
+    best_split: str | None
     tokens_per_second: float | None
     stall_fraction: float | None
     stall_seconds: float | None
@@ -166,28 +166,34 @@ class Facts:
 
 
 def _facts(run: RunRecord) -> Facts:
-    result = run.result or {}
-    accuracy, negatives = result.get("accuracy") or {}, result.get("negatives") or {}
-    sampler = negatives.get("sampler") or {}
+    accuracy, negatives = part(run.result, "accuracy"), part(run.result, "negatives")
+    sampler = part(negatives, "sampler")
     counts, config = run.counts or {}, run.raw_config
-    before, after, split, n = (accuracy.get(key) for key in ("before", "after", "split", "n"))
-    if not accuracy:  # of a run under way, as far as it is evaluated
+    before, after, n = (finite(accuracy.get(key)) for key in ("before", "after", "n"))
+    split = accuracy.get("split")
+    if after is None:  # of a run under way, as far as it is evaluated
         last = next((e for e in reversed(run.evaluations) if e["step"] > 0), None)
         after, split, n = (last["accuracy"], last["split"], last["n"]) if last else (None, run.split, None)
         before = next((e["accuracy"] for e in run.evaluations if e["step"] == 0 and e["split"] == split), None)
-    low, high = interval(after, n) if after is not None and n else (None, None)
+    low, high = interval(after, int(n)) if after is not None and n else (None, None)
     seconds, waits = run.column("seconds"), run.column("wait_seconds")
     trained = float(np.nansum(seconds)) if run.step_count else 0.0
     speed = float(np.nansum(run.column("tokens"))) / trained if trained else None
     stalled = float(np.nansum(waits[1:])) if run.step_count > 1 else None
-    used, lags = negatives.get("used", int(np.nansum(run.column("negatives")))), run.column("lag")
+    stall_fraction = stalled / trained if stalled is not None and trained else None
+    used, lags = finite(negatives.get("used")), run.column("lag")
     seen = lags[np.isfinite(lags)]
-    least, most = negatives.get("lag_min"), negatives.get("lag_max")
+    least, most = finite(negatives.get("lag_min")), finite(negatives.get("lag_max"))
     if "lag_max" not in negatives and len(seen):
-        least, most = int(seen.min()), int(seen.max())
-    lag = None if most is None else str(most) if least == most else f"{least} to {most}"
-    busy = sampler.get("busy_seconds")
+        least, most = float(seen.min()), float(seen.max())
+    lag = None if least is None or most is None else f"{most:g}" if least == most else f"{least:g} to {most:g}"
+    busy, sampled = finite(sampler.get("busy_seconds")), finite(sampler.get("tokens"))
     best = run.best
+
+    def said(of: dict[str, Any] | None, key: str, otherwise: float | None) -> float | None:
+        found = finite((of or {}).get(key))
+        return otherwise if found is None else found
+
     return Facts(
         method=str(config.get("method", "?")),
         task=str(config.get("task", "?")),
@@ -206,25 +212,32 @@ def _facts(run: RunRecord) -> Facts:
         chosen=accuracy.get("student"),
         best=best["accuracy"] if best else None,
         best_step=best["step"] if best else None,
-        tokens_per_second=result.get("train_tokens_per_second", speed),
-        stall_fraction=negatives.get("stall_fraction", stalled / trained if stalled is not None and trained else None),
-        stall_seconds=negatives.get("stall_seconds", stalled),
-        warmup_seconds=negatives.get("warmup_seconds", _first(waits)),
-        seconds=result.get("seconds", trained or None),
-        active_fraction=negatives.get("active_fraction", _mean(run.column("active_fraction"))),
-        negatives_used=used,
+        best_split=best["split"] if best else None,
+        tokens_per_second=said(run.result, "train_tokens_per_second", speed),
+        stall_fraction=said(negatives, "stall_fraction", stall_fraction),
+        stall_seconds=said(negatives, "stall_seconds", stalled),
+        warmup_seconds=said(negatives, "warmup_seconds", _first(waits)),
+        seconds=said(run.result, "seconds", trained or None),
+        active_fraction=said(negatives, "active_fraction", _mean(run.column("active_fraction"))),
+        negatives_used=int(np.nansum(run.column("negatives"))) if used is None else int(used),
         lag=lag,
-        sampler_tokens_per_second=sampler.get("tokens", 0) / busy if busy else None,
+        sampler_tokens_per_second=sampled / busy if sampled is not None and busy else None,
     )
 
 
-def _unlike(facts: Sequence[Facts]) -> str | None:
+def _unlike(runs: Sequence[RunRecord], facts: Sequence[Facts]) -> str | None:
     """Why the accuracies of a comparison are not of the same questions; None where nothing says so."""
     tasks = list(dict.fromkeys(fact.task for fact in facts))
-    splits = list(dict.fromkeys(fact.split for fact in facts if fact.split))
     if len(tasks) > 1:
         return f"tasks {', '.join(tasks)}"
-    return f"splits {', '.join(splits)}" if len(splits) > 1 else None
+    splits = list(dict.fromkeys(fact.split for fact in facts if fact.split))
+    if len(splits) > 1:
+        return f"splits {', '.join(splits)}"
+    scored = list(dict.fromkeys(f"{fact.n:,.0f}" for fact in facts if fact.n is not None))
+    if len(scored) > 1:
+        return f"{', '.join(scored)} questions"
+    asked = [run.predictions["after"].keys() for run in runs if run.predictions.get("after")]
+    return "their ids differ" if any(ids != asked[0] for ids in asked[1:]) else None
 
 
 def _first(values: np.ndarray) -> float | None:
@@ -286,7 +299,11 @@ class CaseLine:
 
 @dataclass(frozen=True)
 class Case:
-    id: str
+    """Attributes:
+    place: of the question among those that have rationales of a student.
+    """
+
+    place: int
     question: str
     lines: tuple[CaseLine, ...]
 
@@ -306,7 +323,7 @@ def _case(runs: Sequence[RunRecord], rows: Sequence[QuestionRow]) -> Case | None
     for temperature in sorted({i.temperature for i in row.of(STUDENT) if i.temperature is not None}):
         there = {i.run: (_cut(i.text), i.score) for i in row.of(STUDENT) if i.temperature == temperature}
         lines.append(CaseLine(temperature, tuple(there.get(number) for number in range(len(runs)))))
-    return Case(row.id, _cut(row.question), tuple(lines))
+    return Case(observed.index(row), _cut(row.question), tuple(lines))
 
 
 def _cut(text: str) -> str:

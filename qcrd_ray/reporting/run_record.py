@@ -30,11 +30,14 @@ from qcrd_ray.storage import is_uri, local_folder
 
 TRAIN_ROWS, HELD_OUT_ROWS = 10_000, 2_500
 """Questions of each kind that a report shows; of more, a seeded sample."""
+HELD_OUT_SPLITS = ("test", "valid")
 NEGATIVE_FILES = 200
 SAMPLE_PARTS = 4
 """Files that are read at most: of the negatives the newest, of the teacher's samples the first."""
 MOST_OBSERVED = 200
 """What `evaluation.observed` may be."""
+LARGEST = 1e30
+"""Beyond it nothing is drawn."""
 
 
 @dataclass
@@ -91,7 +94,8 @@ class RunRecord:
 
     @property
     def max_steps(self) -> int | None:
-        return self.raw_config.get("train.max_steps")
+        steps = finite(self.raw_config.get("train.max_steps"))
+        return None if steps is None else int(steps)
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -104,7 +108,20 @@ class RunRecord:
     def temperature(self) -> float | None:
         """Of the negatives, None where the run samples none."""
         sampled = self.config is None or self.config.sampled_negatives
-        return self.raw_config.get("negatives.temperature") if sampled else None
+        return finite(self.raw_config.get("negatives.temperature")) if sampled else None
+
+
+def finite(value: Any) -> float | None:
+    """A number as a float; None for what is none, or for one that cannot be drawn."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= LARGEST:
+        return None
+    return float(value)
+
+
+def part(of: Any, key: str) -> dict[str, Any]:
+    """A mapping within a mapping, empty where there is none."""
+    found = of.get(key) if isinstance(of, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def open_run(path: str) -> RunFolder:
@@ -173,10 +190,18 @@ def _read_result(run: RunFolder, record: RunRecord) -> None:
     record.result = _json(run, RESULT, record, dict)
     record.counts = _json(run, f"{DATA}/counts.json", record, dict)
     found = _json(run, EVALUATIONS_SUMMARY, record, list) or []
-    wanted = ("step", "snapshot", "split", "accuracy", "n")
-    record.evaluations = [e for e in found if isinstance(e, dict) and all(key in e for key in wanted)]
+    record.evaluations = [e for e in found if _is_evaluation(e)]
+    if len(record.evaluations) < len(found):
+        record.missing.append(f"{EVALUATIONS_SUMMARY} is damaged: {len(found) - len(record.evaluations)} left out.")
     if not record.evaluations:
         record.missing.append("No evaluation yet: no accuracy over steps.")
+
+
+def _is_evaluation(entry: Any) -> bool:
+    if not isinstance(entry, dict) or entry.get("split") not in HELD_OUT_SPLITS:
+        return False
+    whole = all(isinstance(entry.get(key), int) for key in ("step", "snapshot", "n"))
+    return whole and finite(entry.get("accuracy")) is not None
 
 
 def _read_metrics(run: RunFolder, record: RunRecord) -> None:
@@ -190,7 +215,7 @@ def _read_metrics(run: RunFolder, record: RunRecord) -> None:
             row = json.loads(line) if line.strip() else None
         except ValueError:  # one that is being written
             continue
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and finite(row.get("step")) is not None:
             rows.append(row)
         elif isinstance(row, dict) and "judge_pretrained_steps" in row:
             record.pretraining = row
@@ -198,7 +223,8 @@ def _read_metrics(run: RunFolder, record: RunRecord) -> None:
         values = [row.get(name) for row in rows]
         if any(isinstance(value, list | str | dict) for value in values):
             continue
-        record.steps[name] = np.array([math.nan if value is None else float(value) for value in values])
+        known = map(finite, values)
+        record.steps[name] = np.array([math.nan if value is None else value for value in known])
     done, steps = record.step_count, record.max_steps
     if not done:
         record.missing.append("No step is trained yet: no losses, no throughput.")
@@ -245,8 +271,10 @@ def _read_tables(run: RunFolder, record: RunRecord) -> None:
                 record.votes += [(float(v), is_gold, int(n)) for v, n in zip(values, counts, strict=True)]
     except FileNotFoundError:
         record.missing.append("No table of training questions yet.")
-    splits = {e["split"] for e in record.evaluations} | set((record.counts or {}).get("held_out") or {})
-    record.split = next((split for split in ("test", "valid") if split in splits), None)
+    except UserError as error:
+        record.missing.append(f"The table of training questions cannot be read: {error}")
+    splits = {e["split"] for e in record.evaluations} | set(part(record.counts, "held_out"))
+    record.split = next((split for split in HELD_OUT_SPLITS if split in splits), None)
     if record.split is None:
         return
     try:
@@ -256,6 +284,8 @@ def _read_tables(run: RunFolder, record: RunRecord) -> None:
             record.held_out = _rows(table, sorted({*first, *_some(total, HELD_OUT_ROWS)}))
     except FileNotFoundError:
         record.missing.append(f"No table of the questions of {record.split}.")
+    except UserError as error:
+        record.missing.append(f"The table of the questions of {record.split} cannot be read: {error}")
 
 
 def read_predictions(run: RunFolder, file: str) -> dict[str, tuple[str, bool]]:
@@ -324,8 +354,13 @@ def _read_negatives(run: RunFolder, record: RunRecord) -> None:
 
 def _read_observations(run: RunFolder, record: RunRecord) -> None:
     table = _parquet(run, OBSERVATIONS, OBSERVATIONS_SCHEMA.names)
-    record.observed = table.to_pylist() if table is not None else []
-    if not record.observed:
+    for row in table.to_pylist() if table is not None else []:
+        row |= {"score": finite(row["score"]), "temperature": finite(row["temperature"])}
+        if row["kind"] != "student" or row["temperature"] is not None:
+            record.observed.append(row)
+    if table is None and run.exists(OBSERVATIONS):
+        record.missing.append(f"{OBSERVATIONS} is damaged: no rationales at several temperatures and no scores.")
+    elif not record.observed:
         reason = f"no {OBSERVATIONS}, which a run writes once it is trained"
         if record.raw_config.get("method") == "finetune":
             reason = "a student that finetune trains writes no rationales"

@@ -6,17 +6,21 @@ import base64
 import gzip
 import html.parser
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from qcrd_ray.errors import UserError
 from qcrd_ray.models.discriminator import Discriminator
+from qcrd_ray.rationales.schema import OBSERVATIONS
 from qcrd_ray.reporting import charts
 from qcrd_ray.reporting.curves import density, downsample, interval
 from qcrd_ray.reporting.questions import pack, question_rows
@@ -245,8 +249,40 @@ def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
         (tmp_path / "run" / name).write_text("{ no")
     (tmp_path / "run" / "observations" / "rationales.parquet").write_bytes(b"PAR1 no")
     page = page_of(run)
+    assert "observations/rationales.parquet is damaged" in page.words
     assert "result.json is damaged." in page.words and "evaluations/summary.json is damaged." in page.words
     assert "Losses" in page.said
+
+
+def test_values_that_are_no_numbers_cost_a_report_nothing_else(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    folder = tmp_path / "run"
+    file = folder / "observations" / "rationales.parquet"
+    rows = pq.read_table(file).to_pylist()
+    for row in rows:
+        row["score"] = math.nan
+    rows[-1]["temperature"] = math.nan
+    pq.write_table(pa.Table.from_pylist(rows, schema=OBSERVATIONS), file)
+    good = json.loads((folder / "evaluations" / "summary.json").read_text())
+    bad = [{**good[0], "accuracy": math.nan}, {**good[0], "snapshot": "?"}, {**good[0], "split": ["valid"]}, None]
+    (folder / "evaluations" / "summary.json").write_text(json.dumps([*bad, *good]))
+    result = json.loads((folder / "result.json").read_text())
+    result |= {"accuracy": {"after": "high"}, "negatives": [1], "seconds": "long", "train_tokens_per_second": None}
+    (folder / "result.json").write_text(json.dumps(result))
+    with (folder / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": "x", "loss": 1.0}\n{"step": 41, "loss": 1e308, "tokens": Infinity}\n')
+        metrics.write(json.dumps({"step": 42, "loss": 10**400}) + "\n")
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("max_steps: 40", "max_steps: some") + 'odd: "\\ud800"\n')
+    (folder / "data" / "train.arrow").write_bytes(b"no table")
+    record = read_run(run)
+    assert record.evaluations == good and len(record.observed) == len(rows) - 1
+    assert {"evaluations/summary.json is damaged: 4 left out.", "The run has no discriminator: no scores."} <= {
+        *record.missing
+    }
+    page = page_of(run)
+    assert "The table of training questions cannot be read" in page.words and "Losses" in page.said
+    assert f"{100 * good[-1]['accuracy']:.1f} % accuracy" in page.words
 
 
 def test_a_run_without_a_discriminator_and_one_without_rationales(tmp_path: Path) -> None:
@@ -342,6 +378,14 @@ def test_a_comparison_says_where_accuracies_are_of_different_questions(tmp_path:
     words = page_of(first, second).words
     assert "scored on different questions" in words and ", elsewhere" in words
     assert "their accuracies do not compare" in words
+    result["accuracy"] |= {"split": "valid", "n": 6}
+    (second.root / "result.json").write_text(json.dumps(result))
+    assert "12, 6 questions" in page_of(first, second).words
+    result["accuracy"]["n"] = 12
+    (second.root / "result.json").write_text(json.dumps(result))
+    predictions = second.root / "evaluations" / "valid-000001.jsonl"
+    predictions.write_text(predictions.read_text().replace("valid-3", "another"))
+    assert "their ids differ" in page_of(first, second).words
     config = (second.root / "config.yaml").read_text()
     task = yaml.safe_load(config)["task"]
     (second.root / "config.yaml").write_text(config.replace(f"task: {task}", "task: anli1"))
@@ -349,12 +393,13 @@ def test_a_comparison_says_where_accuracies_are_of_different_questions(tmp_path:
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    for place in ("a", "b"):
-        write_run(tmp_path / place)
-    result = make_report([str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")], tmp_path / "both.html")
-    words = _Page((tmp_path / "both.html").read_text()).words
-    assert "a/run" in words and "b/run" in words
-    assert result["report"] == str(tmp_path / "both.html")
+    places = [tmp_path / place for place in ("a", "b", "c/trials", "d/trials")]
+    for place in places:
+        write_run(place)
+    result = make_report([str(place / "run") for place in places], tmp_path / "all.html")
+    said = _Page((tmp_path / "all.html").read_text()).said
+    assert {"a/run", "b/run", "c/trials/run", "d/trials/run"} <= {*said}
+    assert result["report"] == str(tmp_path / "all.html")
 
 
 # The job

@@ -101,6 +101,10 @@ def test_the_table_is_searched_sorted_and_turned_over(page: Page, reports: dict[
     ascending = [value for value in sort("Agreement") if value != "–"]
     assert [float(value) for value in ascending] == sorted(map(float, ascending))
     assert sort("Prediction right")[0] == "✓ yes"
+    labels = sort("Label")
+    assert labels == sorted(labels, key=int)
+    page.run("document.querySelector('.more').click()")
+    assert page.run("document.activeElement.ariaExpanded") == "true"  # whoever opens a row by the keyboard stays there
     page.run(
         "(() => { const choice = document.getElementById('split'); choice.value = 'valid';"
         "choice.dispatchEvent(new Event('change')); })()"
@@ -169,6 +173,15 @@ def test_light_dark_and_print_have_colours_of_their_own(page: Page, reports: dic
     assert colours["dark"] == "rgb(20, 23, 26)"
     printed = page.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69)["data"]
     assert printed.startswith("JVBER")  # %PDF
+    page.resize(718, 1000)  # a page of A4 within its margins
+    for report in (reports["run"], reports["comparison"]):
+        page.open(report)
+        wide = page.run(
+            "[...document.querySelectorAll('table')].filter((t) => t.getBoundingClientRect().right > 718)"
+            ".map((t) => t.className + t.getBoundingClientRect().right)"
+        )
+        assert wide == []
+        assert page.run("document.querySelector('details table').getBoundingClientRect().height > 0")
 
 
 def test_a_run_of_ten_thousand_steps_and_questions_is_small(page: Page, tmp_path: Path) -> None:

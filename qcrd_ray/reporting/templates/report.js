@@ -73,6 +73,7 @@
   let order = rows.map((_, index) => index), found = order, page = 0, sorted = -1, descending = false;
   const open = new Set();
 
+  const inOrder = new Intl.Collator("en", { numeric: true });
   function sortBy(column, down) {
     sorted = column; descending = down;
     const key = (index) => (column < 0 ? index : rows[index][VALUES][column]);
@@ -82,7 +83,8 @@
         const first = key(a), second = key(b);
         if (first === null || second === null) return (first === null) - (second === null) || a - b;
         if (first === second) return a - b;
-        return (first < second ? -1 : 1) * (down ? -1 : 1);
+        const least = typeof first === "string" ? inOrder.compare(first, second) : first - second;
+        return least * (down ? -1 : 1) || a - b;
       });
     }
     choose();
@@ -121,12 +123,17 @@
     more.type = "button";
     more.setAttribute("aria-expanded", String(open.has(index)));
     more.setAttribute("aria-label", "rationales");
-    more.addEventListener("click", () => { open.has(index) ? open.delete(index) : open.add(index); draw(); });
+    more.dataset.index = String(index);
+    more.addEventListener("click", () => {
+      open.has(index) ? open.delete(index) : open.add(index);
+      draw();
+      document.querySelector(`.more[data-index="${index}"]`).focus();
+    });
     const id = element("bdi", "faint id", `${row[SPLIT]} ${row[ID]}`);
     main.append(more, modelText(texts[row[QUESTION]], SHORT), element("br"), id);
     line.append(main);
     columns.forEach((column, place) => {
-      const data = element("td", column.kind === "text" ? "" : "n");
+      const data = element("td", column.kind === "text" ? "" : row[VALUES][place] === null ? "n none" : "n");
       data.dataset.title = column.title;
       data.append(cell(column.kind, row[VALUES][place]));
       line.append(data);
@@ -205,7 +212,7 @@
     };
     observed.forEach((row, place) => {
       const text = texts[row[QUESTION]];
-      const first = row[ID] === chooser.dataset.id && text.startsWith(chooser.dataset.begins);  // ids of tasks may meet
+      const first = place === Number(chooser.dataset.place);
       chooser.append(new Option(`${row[ID]}: ${text.replace(/\s+/g, " ").slice(0, 80)}`, String(place), false, first));
     });
     chooser.addEventListener("change", drawCase);
