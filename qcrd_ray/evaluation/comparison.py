@@ -83,7 +83,8 @@ def compare(config: ExperimentConfig) -> dict[str, Any]:
     written: dict[str, list[list[list[Written]]]] = {}
     for key, folder in folders.items():
         logger.info("%s writes %d rationales at each of %s", key, len(questions), temperatures)
-        options: dict[str, Any] = {"top_k": settings.top_k, "seed": settings.seed}
+        # Of one seed, two students that are alike would write the same texts, and a student no pair with itself.
+        options: dict[str, Any] = {"top_k": settings.top_k, "seed": stable_hash(settings.seed, key)}
         written[key] = in_own_process(sample_student, config, folder, questions, temperatures, **options)
     pairs = [
         _pair(config, question, temperature, a, b, judge.builder.chat)
@@ -91,7 +92,9 @@ def compare(config: ExperimentConfig) -> dict[str, Any]:
         for question, (a,), (b,) in zip(questions, all_a, all_b, strict=True)
     ]
     sampled = time.perf_counter()
-    answers = Answers(Path(config.output) / ANSWERS, judge.fingerprint)
+    endpoint = config.teacher.endpoint.base_url if config.teacher.engine == "openai" else None
+    fingerprint = f"{judge.fingerprint}-{stable_hash(endpoint):016x}" if endpoint else judge.fingerprint
+    answers = Answers(Path(config.output) / ANSWERS, fingerprint)
     logger.info("the judge is asked for %d pairs in both orders; %d answers are there", len(pairs), len(answers.texts))
     failed = _ask_all(config, judge, pairs, answers)
     result = _result(config, pairs, answers, failed, judge)
@@ -238,7 +241,8 @@ def _result(
             "verdict_b_first": one.b_first,
             "outcome": one.outcome,
         }
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        text = json.dumps(line, ensure_ascii=False)
+        lines.append(text.encode("utf-8", "replace").decode("utf-8") + "\n")  # a judge may write half a surrogate pair
     assert config.output is not None
     write_text_atomic(Path(config.output) / PAIRS, "".join(lines))
     return {

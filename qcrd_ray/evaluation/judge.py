@@ -91,7 +91,8 @@ _MARK = r"[\s*_`\"'“”(\[]*"
 _ENDS = r"(?=[\s*_`\"'”)\]]*(?:$|[\n.,;:!/|(–—]|-\s|(?:because|since|as|is|or|and)\b))"
 """What follows a letter that is a verdict: `Better: A good explanation` begins with an article."""
 _STATED = re.compile(
-    rf"\bbetter\s*(?:explanation\s*)?(?:is\s*)?[:：]{_MARK}(?:(?:an?\s+)?(TIE)\b|(?:explanation\s+)?(A|B)\b{_ENDS})",
+    rf"\bbetter[*_]*\s*(?:explanation\s*)?(?:is\s*)?[:：]{_MARK}"
+    rf"(?:(?:an?\s+)?(TIE\b|(?:BOTH|EQUAL|NEITHER)\b{_ENDS})|(?:explanation\s+)?(A|B)\b{_ENDS})",
     re.IGNORECASE,
 )
 _LIST = re.compile(r"^[\s*_`\"')\]]*(?:,|/|\||or\b|and\b)[\s*_`\"'(\[]*(?:A|B|TIE)\b", re.IGNORECASE)
@@ -102,29 +103,38 @@ _ALONE = re.compile(
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(
-    r"\bexplanation\s+(?P<one>A|B)\s+is\s+(?:(?:clearly|much|slightly|a bit|the)\s+)*(?:better|superior)\b"
-    r"|\b(?P<tie>neither(?:\s+explanation)?\s+is\s+better|both(?:\s+explanations)?\s+are\s+equally|equally\s+good|"
-    r"it\s+is\s+a\s+tie)\b",
+    r"\b(?P<tie>neither(?:\s+explanation)?(?:\s+A\s+nor(?:\s+explanation)?\s+B)?\s+is\s+better|"
+    r"both(?:\s+explanations)?\s+are\s+equally|equally\s+good|it\s+is\s+a\s+tie)\b"
+    r"|\b(?:explanation\s+(?P<one>A|B)|(?P<bare>(?-i:A|B)))\s+is\s+"
+    r"(?:(?:clearly|much|slightly|a bit|the)\s+)*(?:better|superior)\b"
+    rf"|\bbetter\s+(?:explanation|one|answer)\s+is{_MARK}(?:explanation\s+)?(?P<named>A|B)\b{_ENDS}",
     re.IGNORECASE,
 )
+_DENIED = re.compile(r"\b(?:not|nor|neither|never|cannot|if|whether|unless)\b|n['’]t\b", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"[.!?;\n]")
+"""Behind the last of them, a `not` turns what follows round: `I do not think explanation A is better`."""
 
 
 def parse_verdict(text: str) -> Literal["A", "B", "TIE"] | None:
     """Which place a judge's answer prefers; None for an answer that does not say, or says two things.
 
     Read in this order: `Better: A` wherever it stands, a line that holds nothing but `A`, `B` or `TIE`, and a sentence
-    such as `explanation B is better`. What stands in `<think>` is left out.
+    such as `explanation B is better`, unless a `not` or an `if` goes before it. What stands in `<think>` is left out,
+    also where it has no end, as of a judge that ran out of tokens.
     """
-    text = text.rpartition("</think>")[2].strip()
+    text = text.rpartition("</think>")[2].partition("<think>")[0].strip()
     stated = list(_STATED.finditer(text))
     if stated:
         listed = any(_LIST.match(text[match.end() :]) or _LISTED.search(text[: match.start()]) for match in stated)
-        return _only({(match[1] or match[2]).upper() for match in stated}) if not listed else None
+        return _only({"TIE" if match[1] else match[2].upper() for match in stated}) if not listed else None
     first_line = text.partition("\n")[0]
     alone = _ALONE.fullmatch(first_line)
     if alone:
         return _only({alone[1].upper()})
-    return _only({(match["one"] or "TIE").upper() for match in _SENTENCE.finditer(text)})
+    said = list(_SENTENCE.finditer(text))
+    if any(not match["tie"] and _DENIED.search(_SENTENCE_END.split(text[: match.start()])[-1]) for match in said):
+        return None
+    return _only({(match["one"] or match["bare"] or match["named"] or "TIE").upper() for match in said})
 
 
 def _only(found: set[str]) -> Literal["A", "B", "TIE"] | None:

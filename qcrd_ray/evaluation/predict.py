@@ -16,8 +16,8 @@ from typing import Any, TextIO, TypeVar
 
 from qcrd_ray.config import ExperimentConfig, PredictionConfig, load_config
 from qcrd_ray.errors import UserError
-from qcrd_ray.evaluation.questions import Asked, Bad, Input, check_file, read_questions
-from qcrd_ray.models.exported import read_exported
+from qcrd_ray.evaluation.questions import Asked, Bad, Input, check_file, is_unicode, read_questions
+from qcrd_ray.models.exported import check_weights, read_exported
 from qcrd_ray.run_folder import text_file_atomic
 from qcrd_ray.sampling.engine import EngineSpec, Request, SamplingEngine, SamplingParameters, start_engine
 from qcrd_ray.sampling.predictions import most_tokens, rationale_and_label
@@ -219,6 +219,8 @@ def questions_given(texts: Sequence[str]) -> list[list[Input]]:
     """Questions of a command line."""
     if not all(text.strip() for text in texts):
         raise UserError("the question is empty")
+    if not all(map(is_unicode, texts)):
+        raise UserError("the question is no valid UTF-8")
     return [[Asked(number, text) for number, text in enumerate(texts, start=1)]]
 
 
@@ -232,11 +234,15 @@ def predict_job(arguments: Any, options: PredictionConfig, stdout: TextIO) -> No
 
     exported = read_exported(arguments.student, load_config(arguments.config) if arguments.config else None)
     config = exported.config(str(arguments.student), arguments.trust_remote_code)
+    check_weights(arguments.student)
+    load_tokenizer(config.student.model, config.student)  # an engine would say less of what is wrong with it
     if arguments.question:
         batches: Iterator[list[Input]] = iter(questions_given(arguments.question))
     else:
         if arguments.file is not None:
             check_file(arguments.file)
+        elif sys.stdin is None:
+            raise UserError("standard input is closed; give a question, --file FILE, or lines on standard input")
         elif sys.stdin.isatty():
             logger.info("reading questions from the terminal, one a line; Ctrl-D ends")
         batches = read_questions(arguments.file, arguments.format, options.batch, options.linger_s)
@@ -250,8 +256,15 @@ def predict_job(arguments: Any, options: PredictionConfig, stdout: TextIO) -> No
         stack.callback(engine.close)
 
         def write(text: str) -> None:
-            file.write(text)
-            file.flush()
+            try:
+                file.write(text)
+                file.flush()
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise UserError(
+                    f"{arguments.output or 'standard output'}: cannot be written: {error.strerror}"
+                ) from None
 
         counts = predict_lines(Predictor(engine, config, options, rationales), batches, write, arguments.skip_bad)
     seconds = time.monotonic() - counts.started

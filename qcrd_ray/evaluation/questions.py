@@ -160,7 +160,10 @@ def _input_of(line: _Line, place: str, parse: Callable[[str], Any]) -> Input:
     if not line.whole:
         return Bad(line.number, f"{place}: a line of more than {MOST_LINE_BYTES >> 20} MiB")
     try:
-        row = parse(line.content.decode("utf-8-sig" if line.number == 1 else "utf-8"))
+        text = line.content.decode("utf-8-sig" if line.number == 1 else "utf-8")
+        if "\0" in text:
+            return Bad(line.number, f"{place}: it holds NUL characters; expected text in UTF-8")
+        row = parse(text)
     except UnicodeDecodeError:
         return Bad(line.number, f"{place}: no valid UTF-8")
     except json.JSONDecodeError as error:
@@ -184,14 +187,14 @@ def _asked(number: int, place: str, row: dict[str, Any]) -> Input:
     name = row.get("id")
     if isinstance(name, bool) or not isinstance(name, str | int | None):
         return Bad(number, f"{place}: column 'id': expected a text or a whole number, found {_shown(name)}")
-    if isinstance(name, str) and not _is_unicode(name):
+    if isinstance(name, str) and not is_unicode(name):
         return Bad(number, f"{place}: column 'id': half of a surrogate pair, no valid Unicode")
     if choices is not None and len(choices) > MOST_CHOICES:
         return Bad(number, f"{place}: column 'choices': expected {MOST_CHOICES} at most, found {len(choices)}")
     return Asked(number, question, choices or None, name)
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

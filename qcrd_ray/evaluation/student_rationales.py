@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qcrd_ray.config import ExperimentConfig
 from qcrd_ray.errors import UserError
-from qcrd_ray.models.exported import as_trained
+from qcrd_ray.models.exported import STUDENT_FILE, as_trained, check_weights, read_exported
 from qcrd_ray.rationales.schema import Question
 from qcrd_ray.rationales.sources import SourceRow, read_rows, splits_available
 from qcrd_ray.sampling.engine import Generation, Request, SamplingEngine, SamplingParameters, start_engine
@@ -89,10 +89,20 @@ def student_folder(config: ExperimentConfig, key: str, model: str) -> str:
 
 
 def explaining_student(config: ExperimentConfig, key: str, model: str) -> str:
-    """`student_folder` of a student that writes rationales. Raises UserError for one that has learned none, too."""
+    """`student_folder` of a student of this task that writes rationales. Raises UserError for another one, too."""
     folder = student_folder(config, key, model)
     if as_trained(config, folder).method == "finetune":
         raise UserError(f"config key {key}: {model} was trained by finetune, which learns no rationales; give another")
+    if (Path(folder) / STUDENT_FILE).is_file():
+        check_weights(Path(folder))
+        own = read_exported(Path(folder))
+        if own.task != config.task:
+            raise UserError(f"config key {key}: {model} was trained for task={own.task}, the config says {config.task}")
+        if own.custom is not None and own.custom.template != config.custom.template:
+            raise UserError(
+                f"config key {key}: {model} was trained with custom.template={own.custom.template!r}, the config says "
+                f"{config.custom.template!r}"
+            )
     return folder
 
 
@@ -165,5 +175,7 @@ def _written(config: ExperimentConfig, generation: Generation, label: str | None
     written = Written(generation.text.strip(), label, len(generation.token_ids) + (not cut), cut)
     if config.method == "single_task":
         rationale, answer = rationale_and_label(config, written.rationale)
+        if not rationale and cut:  # it has not come to its label
+            return replace(written, label=None)
         return replace(written, rationale=rationale, label=answer)
     return written

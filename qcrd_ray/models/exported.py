@@ -20,7 +20,7 @@ from qcrd_ray.config import (
     TaskConfig,
     TaskName,
 )
-from qcrd_ray.errors import UserError
+from qcrd_ray.errors import UserError, first_line
 
 STUDENT_FILE = "qcrd_ray.json"
 MOST_BYTES = 1 << 20
@@ -87,6 +87,29 @@ def as_trained(config: ExperimentConfig, model: str) -> ExperimentConfig:
     evaluation = config.evaluation.model_copy(update={"max_new_tokens": own.max_label_tokens})
     student = config.student.model_copy(update=lengths)
     return config.model_copy(update={"method": own.method, "student": student, "evaluation": evaluation})
+
+
+def check_weights(folder: Path) -> None:
+    """Raises UserError where a folder's safetensors are not there or not whole. What is in them is not read."""
+    from safetensors import SafetensorError, safe_open
+
+    files = {path.name for path in folder.glob("*.safetensors")}
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index}: no index of weights") from None
+        if wanted - files:
+            raise UserError(f"{folder}: its weights are not whole: no {sorted(wanted - files)[0]} in it")
+    if not files and not list(folder.glob("*.bin")):
+        raise UserError(f"{folder}: no weights in it; expected model.safetensors")
+    for name in sorted(files):
+        try:
+            with safe_open(folder / name, "numpy"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder / name}: cannot be read as safetensors: {first_line(error)}") from None
 
 
 def read_exported(folder: Path, config: ExperimentConfig | None = None) -> ExportedStudent:

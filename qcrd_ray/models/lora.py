@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qcrd_ray.config import StudentConfig
 from qcrd_ray.errors import UserError
-from qcrd_ray.models.named import hub_config
+from qcrd_ray.models.named import hub_config, hub_name
 from qcrd_ray.models.student import Student, empty_network
 
 ADAPTER = "adapter"
@@ -76,7 +76,7 @@ def add_adapters(student: Student, config: StudentConfig) -> None:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=target_names(network, config),
-        base_model_name_or_path=network.name_or_path,
+        base_model_name_or_path=hub_name(config.model),
         task_type="SEQ_2_SEQ_LM" if student.is_seq2seq else "CAUSAL_LM",
     )
     # Sets have an order of their own in each process; equal adapters are to be equal files.

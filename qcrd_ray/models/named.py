@@ -5,15 +5,18 @@ Imports no torch: the driver and the processes that only pass a name on start so
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from qcrd_ray.config import StudentConfig
-from qcrd_ray.errors import UserError
-from qcrd_ray.models.embedded import embedded_student
+from qcrd_ray.errors import UserError, first_line
+from qcrd_ray.models.embedded import BASE_MODELS, embedded_student
 from qcrd_ray.models.scratch import VOCABULARY, scratch_config
 from qcrd_ray.run_folder import SCRATCH_STUDENT, RunFolder
 
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 DROPOUTS = ("dropout_rate", "attention_dropout", "dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop")
 """What the families of transformers call the probabilities that `student.dropout` sets."""
 
@@ -25,6 +28,13 @@ def local_model(run: RunFolder, model: str) -> str:
     if model.startswith("scratch:"):
         return str(run.get_folder(SCRATCH_STUDENT))
     return model
+
+
+def hub_name(model: str) -> str | None:
+    """What the Hugging Face Hub calls a `student.model`; None for a folder of this machine and a scratch student."""
+    if model in BASE_MODELS:
+        return BASE_MODELS[model]
+    return model if HUB_NAME.fullmatch(model) and not Path(model).exists() else None
 
 
 def check_student(model: str, config: StudentConfig) -> Any:
@@ -39,6 +49,27 @@ def check_student(model: str, config: StudentConfig) -> Any:
         )
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"config key student.model: no model at {model!r}; expected {known} ({reason})") from None
+
+
+def load_network(auto: Any, model: str, **options: Any) -> Any:
+    """`auto.from_pretrained(model, **options)` with all of its weights.
+
+    Raises:
+        UserError: they cannot be read, or some are not there, which transformers would draw at random.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        network, found = auto.from_pretrained(model, output_loading_info=True, **options)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{model}: its weights cannot be read: {first_line(error)}") from None
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{model}: its weights are not whole: {len(missing)} tensors are not in them ({', '.join(missing[:3])}); "
+            "write the folder again, or give another"
+        )
+    return network
 
 
 def hub_config(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qcrd_ray.config import StudentConfig
 from qcrd_ray.models.cross_entropy import Head, token_cross_entropy
-from qcrd_ray.models.named import hub_config
+from qcrd_ray.models.named import hub_config, load_network
 from qcrd_ray.objectives.mutual_information import peak_of, wide
 from qcrd_ray.tasks.prompts import StudentTokenizer, load_tokenizer
 
@@ -156,12 +156,13 @@ def load_student(model: str, config: StudentConfig, dtype: torch.dtype = torch.f
     """Load a student of either family from a Hugging Face folder or name.
 
     Raises:
-        UserError: there is no such model, or it is neither encoder-decoder nor decoder-only.
+        UserError: there is no such model, it is neither encoder-decoder nor decoder-only, or its weights are not whole.
     """
     shape = hub_config(model, config)
-    network = _auto_class(shape).from_pretrained(
-        model, config=shape, dtype=dtype, trust_remote_code=config.trust_remote_code, attn_implementation="sdpa"
-    )
+    network = load_network(
+        _auto_class(shape), model, config=shape, dtype=dtype, trust_remote_code=config.trust_remote_code,
+        attn_implementation="sdpa",
+    )  # fmt: skip
     return as_student(network, load_tokenizer(model, config), config)
 
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from qcrd_ray.config import ExperimentConfig
-from qcrd_ray.models.embedded import BASE_MODELS
+from qcrd_ray.models.named import hub_name
 from qcrd_ray.sampling.predictions import most_tokens
 from qcrd_ray.tasks.prompts import EXPLAIN, PREDICT
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 SHOWN = 600
 _SPECIAL = re.compile(r"[\\`*_\[\]~|#@${}^]|:(?=//)")
 _PLAIN_IN_SHELL = re.compile(r"[\w .,:;?+*/=%-]+")
@@ -114,6 +113,7 @@ def _values(
         "labels": _LABELS["teacher_sample" if single else config.labels],
         "positives": _POSITIVES[config.positives if config.is_contrastive else "first"],
         "rationales": rationales,
+        "voted": _learns_the_vote(config) or config.labels == "teacher_vote",
         "explains": rationales and not single,
         "single": single,
         "contrastive": config.is_contrastive,
@@ -173,11 +173,8 @@ def _base(config: ExperimentConfig) -> tuple[str, str | None]:
     model = config.student.model
     if model.startswith("scratch:"):
         return f"{model} (random weights, tokenizer learned from the data)", None
-    if model in BASE_MODELS:
-        return BASE_MODELS[model], BASE_MODELS[model]
-    if Path(model).exists() or not HUB_NAME.fullmatch(model):
-        return f"a folder {Path(model).name}", None
-    return model, model
+    name = hub_name(model)
+    return name or f"a folder {Path(model).name}", name
 
 
 def _front_matter(config: ExperimentConfig, result: Mapping[str, Any]) -> str:
@@ -267,6 +264,9 @@ def _code(config: ExperimentConfig, prompting: Prompting, question: str) -> dict
         "text": Markup(f"text + {_python(prompting.ending)}" if prompting.ending else "text"),
         "options": Markup(options),
         "request": Markup(_literal(request)),
+        "explain_request": Markup(
+            _literal({**request, "prompt": explain, "max_tokens": config.student.max_rationale_tokens})
+        ),
         "shell": Markup(f'"{question}"' if _PLAIN_IN_SHELL.fullmatch(question) else '"QUESTION"'),
     }
 

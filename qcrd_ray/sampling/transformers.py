@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcrd_ray.models.named import load_network
 from qcrd_ray.sampling.engine import EngineSpec, Generation, Request
 from qcrd_ray.seeding import stable_hash
 
@@ -54,7 +55,8 @@ class TransformersEngine:
         self.is_seq2seq = bool(config.is_encoder_decoder)
         auto = AutoModelForSeq2SeqLM if self.is_seq2seq else AutoModelForCausalLM
         self.device = torch.device("cuda" if spec.gpu and torch.cuda.is_available() else "cpu")
-        self.model: Any = auto.from_pretrained(
+        self.model: Any = load_network(
+            auto,
             spec.model,
             dtype=torch.bfloat16 if spec.precision == "bf16" else torch.float32,
             trust_remote_code=spec.trust_remote_code,

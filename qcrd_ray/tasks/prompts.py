@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qcrd_ray.config import StudentConfig
+from qcrd_ray.errors import UserError, first_line
 
 PREDICT = "<Predict>"
 EXPLAIN = "<Explain>"
@@ -116,9 +117,12 @@ def load_run_tokenizer(folder: str, config: StudentConfig) -> StudentTokenizer:
 
 
 def load_tokenizer(model: str, config: StudentConfig) -> StudentTokenizer:
-    """The tokenizer of a student's folder or name."""
+    """The tokenizer of a student's folder or name. Raises UserError where there is none that can be read."""
     from transformers import AutoConfig, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=config.trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # each kind of tokenizer has exceptions of its own
+        raise UserError(f"{model}: its tokenizer cannot be read: {first_line(error)}") from None
     network = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
     return StudentTokenizer(tokenizer, config, bool(network.is_encoder_decoder))

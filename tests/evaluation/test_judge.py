@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from qcrd_ray.evaluation.judge import (
     verdict_of,
 )
 from qcrd_ray.evaluation.own_process import in_own_process
+from qcrd_ray.models.exported import STUDENT_FILE, ExportedStudent
 from qcrd_ray.models.scratch import build_scratch
 from qcrd_ray.sampling.teacher_engine import Prompt
 
@@ -56,7 +58,21 @@ from qcrd_ray.sampling.teacher_engine import Prompt
         ("Better: A because it shows its steps", "A"),
         ("Better: A - it is shorter", "A"),
         ("Better: **A** is right", "A"),
+        ("**Better**: A", "A"),
+        ("The better explanation is B.", "B"),
+        ("Better: Both", "TIE"),
+        ("Better: Equal.", "TIE"),
+        ("B is better.", "B"),
+        ("Neither explanation A nor explanation B is better.", "TIE"),
+        ("A is not wrong. Explanation B is better.", "B"),
         # Nothing that can be read as one verdict:
+        ("I do not think explanation A is better.", None),
+        ("It is not true that explanation A is better; explanation B wins", None),
+        ("I don't believe the better explanation is B.", None),
+        ("If it showed its steps, explanation A is better.", None),
+        ("<think>Let me see which is better: A is short, B says", None),
+        ("<think>Better: A", None),
+        ("Such a is better than nothing.", None),
         ("", None),
         ("Better: A or B", None),
         ("Better: A, B or TIE", None),
@@ -258,13 +274,25 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["comparison.temperatures=[-1]"], "comparison.temperatures"),
         (["teacher.model=/nowhere/at/all"], "teacher.model: no model at '/nowhere/at/all'"),
         (["evaluation.split=test", "task=custom", "data.path=HERE"], "evaluation.split: no 'test'"),
+        (["comparison.student_b=CQA"], "was trained for task=cqa, the config says chain_sum"),
+        (["comparison.student_b=CUSTOM", "task=custom"], "was trained with custom.template='Q: {question}'"),
+        (["comparison.student_b=CUT"], "model.safetensors: cannot be read as safetensors"),
     ],
 )
 def test_bad_input_is_a_line(tmp_path: Path, student: Path, arguments: list[str], expected: str) -> None:
     settings = [*SETTINGS, f"comparison.student_a={student}", f"comparison.student_b={student}", f"output={tmp_path}"]
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "valid.jsonl").write_text('{"id": "a", "question": "q", "answer": "1"}\n')
-    given = [argument.replace("HERE", str(tmp_path / "here")) for argument in arguments]
+    places = {"HERE": tmp_path / "here"}
+    for name, task in (("CQA", "cqa"), ("CUSTOM", "custom"), ("CUT", "chain_sum")):
+        places[name] = shutil.copytree(student, tmp_path / name)
+        own = ExportedStudent.of(load_config(None, [f"task={task}", "custom.template='Q: {question}'"]))
+        (places[name] / STUDENT_FILE).write_text(own.text())
+    os.truncate(places["CUT"] / "model.safetensors", 1000)
+    given = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        given.append(f"{key}{equals}{places.get(value, value)}")
     with pytest.raises(UserError) as caught:
         compare(load_config(None, [*settings, f"teacher.model={student}", *given]))
     assert expected in str(caught.value)

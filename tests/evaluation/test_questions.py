@@ -48,6 +48,7 @@ def test_the_first_line_decides_what_all_lines_are(tmp_path: Path) -> None:
         (b'{"question": "a"', "2: no valid JSON: Expecting ',' delimiter (column 17)"),
         (b"[1]", "2: expected a JSON object, found [1]"),
         (b'"text"', '2: expected a JSON object, found "text"'),
+        (b'{"question": "a\0"}', "2: it holds NUL characters"),
         (b"{}", "2: no column 'question' (or premise and hypothesis); there are: none"),
         (b'{"Question": "a"}', "2: no column 'question' (or premise and hypothesis); there are: Question"),
         (b'{"question": "  "}', "2: column 'question' is empty"),

@@ -7,22 +7,29 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qcrd_ray.config import ExperimentConfig, PredictionConfig
 from qcrd_ray.errors import UserError
 from qcrd_ray.evaluation.predict import Predictor, line, predict_lines, prediction_spec
 from qcrd_ray.evaluation.questions import Asked, Bad, Input
-from qcrd_ray.models.exported import STUDENT_FILE, read_exported
+from qcrd_ray.models.exported import STUDENT_FILE, check_weights, read_exported
+from qcrd_ray.models.student import load_student
 from qcrd_ray.run_folder import RunFolder
 from qcrd_ray.sampling.engine import Generation, SamplingEngine, start_engine
 from qcrd_ray.sampling.predictions import predict
+from qcrd_ray.sampling.student_engine import engine_spec
+from qcrd_ray.tasks.prompts import load_tokenizer
 from tests.faults.runs import until
 from tests.taught import ANSWERS, CHOSEN, student_config, teach
 
@@ -217,6 +224,42 @@ def test_a_folder_that_does_not_say_what_it_is(tmp_path: Path, content: str | No
     assert read_exported(tmp_path / "student", config).config("m").method == "single_task"
 
 
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("model.safetensors", lambda path: path.unlink(), "no weights in it"),
+        ("model.safetensors", lambda path: os.truncate(path, 2000), "cannot be read as safetensors"),
+        ("model.safetensors", lambda path: _without_a_layer(path), "its weights are not whole: .* tensors are not in"),
+        ("tokenizer.json", lambda path: path.unlink(), "its tokenizer cannot be read"),
+        ("tokenizer.json", lambda path: path.write_text("{"), "its tokenizer cannot be read"),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_named(
+    taught: Taught, tmp_path: Path, name: str, damage: Callable[[Path], None], message: str
+) -> None:
+    folder = shutil.copytree(taught.folder, tmp_path / "student")
+    config = read_exported(folder).config(str(folder))
+    check_weights(folder)
+    damage(folder / name)
+    with pytest.raises(UserError, match=message) as caught:
+        _load(folder, config)
+    assert str(folder) in str(caught.value)
+    if "not whole" in message:
+        with pytest.raises(UserError, match=message):
+            load_student(str(folder), config.student)
+
+
+def _load(folder: Path, config: ExperimentConfig) -> None:
+    check_weights(folder)
+    load_tokenizer(str(folder), config.student)
+    start_engine(replace(engine_spec(config), precision="fp32", engine="transformers"))
+
+
+def _without_a_layer(path: Path) -> None:
+    weights = {key: value for key, value in load_file(path).items() if "1" not in key.split(".")}
+    save_file(weights, path, metadata={"format": "pt"})
+
+
 # The job
 
 
@@ -318,6 +361,8 @@ def test_the_job_names_what_is_wrong(folder: str, tmp_path: Path) -> None:
         (("--student", folder, "--file", "q.jsonl", "a"), "a question and --file are given"),
         (("--student", folder, "--output", "/nowhere/answers", "a"), "/nowhere/answers: cannot be written"),
         (("--student", folder, " "), "the question is empty"),
+        (("--student", folder, os.fsdecode(b"a\xff")), "the question is no valid UTF-8"),
+        (("--student", folder, "--output", "/dev/full", "a"), "/dev/full: cannot be written"),
     ):
         done = run(*arguments)
         assert (done.returncode, done.stdout) == (2, b""), (arguments, done.stderr.decode())
