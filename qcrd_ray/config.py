@@ -70,6 +70,11 @@ class DataConfig(Section):
         description="Train on this share of the usable questions; a hash of the ids chooses, so that a smaller share "
         "is part of a larger one.",
     )
+    unanswered: Literal["auto", "drop", "keep"] = Field(
+        "auto",
+        description="Training questions without an answer of the recorded teacher, which only finetune can learn from: "
+        "auto drops them where there are samples at all, so that all methods train on the same questions.",
+    )
     eval_limit: Positive | None = Field(None, description="Use the first N questions of the held-out splits.")
     teachers: list[str] | None = Field(None, description="Names of the teachers to take samples from. Default: all.")
     max_positives: Positive | None = Field(None, description="Keep at most N positive rationales a question.")
@@ -508,7 +513,9 @@ class ExperimentConfig(Section):
     positives: Literal["vote", "gold", "first"] = Field(
         "vote", description="Positives by self-consistency, by gold, or the teacher's first sample, unvoted."
     )
-    labels: Literal["gold", "teacher_vote", "teacher_sample"] = Field("gold", description="What the label task learns.")
+    labels: Literal["gold", "teacher_vote", "teacher_sample"] = Field(
+        "gold", description="What the label task learns; single_task always learns the first sample's."
+    )
     scheme: SchemeName = Field("min_max", description="Many-to-one scheme, section 5.1.")
     data: DataConfig = Field(default_factory=DataConfig)
     custom: TaskConfig = Field(default_factory=TaskConfig)
@@ -588,6 +595,11 @@ class ExperimentConfig(Section):
         return self.method != "finetune"
 
     @property
+    def needs_samples(self) -> bool:
+        """Whether nothing can be learned from a question that the teacher did not answer."""
+        return self.uses_rationales or self.labels != "gold"
+
+    @property
     def is_contrastive(self) -> bool:
         return self.method in ("qcrd", "mi+qcrd")
 
@@ -621,6 +633,7 @@ class ExperimentConfig(Section):
         off = {
             "student.lora.": not self.student.lora.rank,
             "data.share": self.data.share == 1.0,
+            "data.unanswered": self.needs_samples or self.teacher.engine != "recorded",
             "loss.alpha_mutual_information": not self.couples_tasks,
             "train.choice_interval": not self.keeps_choices,
         }

@@ -19,7 +19,7 @@ def _modules(names: str) -> Choice:
     return Choice(
         names or "none",
         {
-            **({} if "ED" in names else {"teacher.samples": 1}),
+            **({} if "ED" in names else {"positives": "first"}),
             **({} if "NK" in names else {"negatives.source": "none"}),
             **({} if "QJ" in names else {"judge.enabled": False}),
         },

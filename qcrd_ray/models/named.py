@@ -17,7 +17,10 @@ from qcrd_ray.models.scratch import VOCABULARY, scratch_config
 from qcrd_ray.run_folder import SCRATCH_STUDENT, RunFolder
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-DROPOUTS = ("dropout_rate", "attention_dropout", "dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop")
+DROPOUTS = (
+    "dropout_rate", "attention_dropout", "dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop",
+    "activation_dropout",
+)  # fmt: skip
 """What the families of transformers call the probabilities that `student.dropout` sets."""
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qcrd_ray.config import StudentConfig
 from qcrd_ray.models.cross_entropy import Head, token_cross_entropy
-from qcrd_ray.models.named import hub_config, load_network
+from qcrd_ray.models.named import DROPOUTS, hub_config, load_network
 from qcrd_ray.objectives.mutual_information import peak_of, wide
 from qcrd_ray.tasks.prompts import StudentTokenizer, load_tokenizer
 
@@ -78,8 +78,9 @@ class Student(nn.Module):
     @property
     def has_dropout(self) -> bool:
         """Whether training mode and evaluation mode can give different values."""
-        return any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.modules()) or (
-            float(getattr(self.model.config, "attention_dropout", 0.0) or 0.0) > 0.0
+        shape = self.model.config  # some families drop by a function, for which there is no module
+        return any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.modules()) or any(
+            isinstance(rate := getattr(shape, name, None), float) and rate > 0.0 for name in DROPOUTS
         )
 
     def label_ce(self, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> Tensor:

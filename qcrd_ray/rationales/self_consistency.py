@@ -208,7 +208,7 @@ def vote_and_tally(
         votes_gold=votes_gold,
     )
 
-    needs_samples = config.uses_rationales or config.labels != "gold"
+    needs_samples = config.needs_samples or config.data.unanswered == "drop"
     if needs_samples and not samples:
         return Dropped("no_samples"), tally
     if needs_samples and result is None:

@@ -301,8 +301,13 @@ def _tokenize(
     texts = [task.student_input(record["question"], record["choices"]) for record in records]
     predict, explain = tokenizer.prompts(PREDICT, texts), tokenizer.prompts(EXPLAIN, texts)
     if config.method == "single_task":
-        label_limit = limits.max_rationale_tokens + limits.max_label_tokens
-        joined = [f"{r['sample0']}{SEPARATOR}{r['sample0_label'] or r['label']}" for r in records]
+        [separator] = tokenizer.targets([SEPARATOR], limits.max_rationale_tokens)
+        label_limit = limits.max_rationale_tokens + len(separator.ids) + limits.max_label_tokens
+        firsts = [record["sample0"] for record in records]
+        cut = tokenizer.targets(firsts, limits.max_rationale_tokens)
+        # The label stands behind a long rationale too: what is too long of that is left out, not the label.
+        firsts = [tokenizer.decode(list(t.ids)) if t.cut else text for t, text in zip(cut, firsts, strict=True)]
+        joined = [f"{first}{SEPARATOR}{r['sample0_label']}" for first, r in zip(firsts, records, strict=True)]
     else:
         label_limit, joined = limits.max_label_tokens, [record["label"] for record in records]
     labels = tokenizer.targets(joined, label_limit)

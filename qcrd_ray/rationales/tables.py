@@ -129,6 +129,7 @@ def prepare_tables(config: ExperimentConfig, output: Path, teacher: Teacher | No
     if TRAIN not in splits:
         next(read_rows(config, task, TRAIN))  # raises, with what is there
         raise UserError(f"config key data.path: {config.data.path} has no training split")
+    config = _decided(config, task, teacher)
     fingerprint = _fingerprint(config, teacher)
     if (counts := _existing(output, splits)) is not None and counts.fingerprint == fingerprint:
         log.info("tables in %s are up to date, %d rationale sets are reused", output, counts.train.used)
@@ -158,6 +159,16 @@ def prepare_tables(config: ExperimentConfig, output: Path, teacher: Teacher | No
         _publish(staging, output)
     log.info("%s: %d of %d questions used; %s", output, train.used, train.questions, describe_drops(train.dropped))
     return counts
+
+
+def _decided(config: ExperimentConfig, task: Task, teacher: Teacher | None) -> ExperimentConfig:
+    """The config with `data.unanswered=auto` as drop or keep, where that makes a difference."""
+    recorded = teacher is None and config.teacher.engine == RECORDED
+    if config.data.unanswered != "auto" or config.needs_samples or not recorded:
+        return config
+    answered = any(row.samples for row in read_rows(config, task, TRAIN))
+    data = config.data.model_copy(update={"unanswered": "drop" if answered else "keep"})
+    return config.model_copy(update={"data": data})
 
 
 def existing_tables(config: ExperimentConfig, output: Path, teacher: Teacher | None = None) -> Counts | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,7 +77,7 @@ class OnlineJudge:
         usable = [row for row in rows if row.positives and row.negatives]
         questions = int(_sum([float(len(usable))])[0])
         if questions == 0:
-            return JudgeUpdate(0.0, float("nan"), float("nan"))
+            return JudgeUpdate(0.0, math.nan, math.nan)
         # One question a pass of the encoder at least, so that a batch of long rationales fits into memory.
         size = max(1, self.config.train.tokens_per_pass // (self.config.judge.max_tokens * 4))
         groups = [usable[i : i + size] for i in range(0, len(usable), size)]
@@ -94,7 +95,7 @@ class OnlineJudge:
         self.engine.step(lr)
         self.steps += 1
         loss_sum, positive, positives, negative, negatives = _sum(sums)
-        return JudgeUpdate(loss_sum, positive / positives, negative / negatives)
+        return JudgeUpdate(loss_sum, _over(positive, positives), _over(negative, negatives))
 
     def _loss(self, rows: Sequence[JudgedQuestion], questions: int) -> tuple[Tensor, list[float]]:
         m, k = max(len(row.positives) for row in rows), max(len(row.negatives) for row in rows)
@@ -147,6 +148,10 @@ class OnlineJudge:
                 break
         self.pretrained_steps = self.steps
         return update
+
+
+def _over(total: float, count: float) -> float:
+    return total / count if count else math.nan
 
 
 def _sum(values: list[float]) -> list[float]:

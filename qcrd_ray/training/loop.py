@@ -229,8 +229,9 @@ def _kept_choices(spec: WorkerSpec, resumed: Path | None) -> KeptChoices | None:
 
 def _pretrain(spec: WorkerSpec, judge: OnlineJudge, metrics: Metrics, rank: int) -> None:
     begin = time.perf_counter()
-    torch.manual_seed(stable_hash(spec.config.train.seed, "pretrain", rank))
-    update = judge_store.pretrain(judge, spec.config, spec.run)
+    config = spec.config
+    torch.manual_seed(stable_hash(config.train.seed, "pretrain", rank))
+    update = judge_store.pretrain(judge, config, spec.run)
     if rank == 0 and update:
         record = {
             "judge_pretrained_steps": judge.pretrained_steps,
@@ -240,7 +241,13 @@ def _pretrain(spec: WorkerSpec, judge: OnlineJudge, metrics: Metrics, rank: int)
             "judge_pretrain_negative_score": update.negative_score,
             "seconds": time.perf_counter() - begin,
         }
-        metrics.add(record)
+        metrics.add(_finite(record))
+        if config.judge.pretrain_steps and not judge.pretrained_steps:
+            logger.warning(
+                "the judge is not pretrained: no question has a positive and a negative (no minority of a vote, and "
+                "judge.augmentation=%s)",
+                config.judge.augmentation,
+            )
         logger.info(
             "judge pretrained for %d steps: mean score %.2f of positives, %.2f of negatives",
             judge.pretrained_steps,
@@ -401,9 +408,14 @@ def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """With null for what is no number: JSON has no NaN."""
+    return {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
+
+
 def _log(config: ExperimentConfig, metrics: Metrics, record: dict[str, Any], step: int) -> None:
     """One line of metrics a step, and every `log_interval` steps one for a person."""
-    clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
+    clean = _finite(record)
     metrics.add(clean)
     done, steps = step + 1, config.train.max_steps
     if done % config.train.log_interval == 0 or done == steps or step == 0:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import pyarrow.compute as pc
 import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -18,6 +19,7 @@ from qcrd_ray.cli import result_line
 from qcrd_ray.config import ExperimentConfig, config_to_yaml
 from qcrd_ray.errors import Stopped, UserError
 from qcrd_ray.rationales.streaming import DATA_CPUS
+from qcrd_ray.rationales.table_files import open_rationale_table
 from qcrd_ray.ray_session import ray_session
 from qcrd_ray.reporting.follower import Follower
 from qcrd_ray.reporting.progress import Progress as ProgressDisplay
@@ -87,6 +89,8 @@ def _train(config: ExperimentConfig, run: RunFolder, stop: Stop) -> dict[str, An
             stop.check()
             run.write(CONFIG, config_to_yaml(config))
             display.counts(counts)
+            if config.is_contrastive and config.negatives.source.endswith("self_consistency"):
+                _warn_without_minority(config, run)
             ray.get(models.write_models.remote(config, run))
             stop.check()
             display.stage("samplers")
@@ -176,6 +180,16 @@ def logical_cpus(config: ExperimentConfig) -> float:
     train, sampler = config.train, config.sampler
     training = train.workers * train.cpus_per_worker + sampler.actors * sampler.cpus + DATA_CPUS
     return max(training, teacher_cpus(config))
+
+
+def _warn_without_minority(config: ExperimentConfig, run: RunFolder) -> None:
+    """As it is with a sample a question, or with `positives=first`."""
+    negatives = open_rationale_table(run.table("train"))["negatives"]
+    if not pc.any(pc.greater(pc.list_value_length(negatives), 0)).as_py():
+        logger.warning(
+            "negatives.source=%s: no question has a sample that the vote left out, so these negatives are none",
+            config.negatives.source,
+        )
 
 
 @contextmanager

@@ -186,3 +186,13 @@ def test_dropout_is_on_while_training_and_off_otherwise() -> None:
     assert not torch.allclose(quiet, first)
     student.eval()
     torch.testing.assert_close(student(items), quiet)
+
+
+def test_dropout_that_is_no_module_is_known() -> None:
+    student, items = make_student("bart"), make_items(0)
+    assert not student.has_dropout and torch.equal(student(items), student(items))
+    student.model.config.dropout = 0.1
+    for module in student.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.1
+    assert student.has_dropout and not torch.equal(student(items), student(items))

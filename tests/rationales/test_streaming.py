@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 
 from qcrd_ray.config import load_config
+from qcrd_ray.models.scratch import write_scratch
 from qcrd_ray.rationales import streaming
 from qcrd_ray.rationales.streaming import StreamSpec, read_steps, stream_batches
 from qcrd_ray.rationales.tables import prepare_tables
 from qcrd_ray.run_folder import DATA, RunFolder
 from qcrd_ray.sampling.scripted import ScriptedTeacher
+from qcrd_ray.tasks import get_task
+from qcrd_ray.tasks.prompts import SEPARATOR, load_tokenizer
 from qcrd_ray.training.initial_models import write_models
 
 STEPS = 70
@@ -88,3 +91,25 @@ def test_each_item_is_made_while_the_one_before_it_is_used() -> None:
         assert asked.empty()
     assert list(items) == []
     end_within(5)
+
+
+def test_a_single_sequence_keeps_its_label_whatever_the_length_of_its_rationale(tmp_path: Path) -> None:
+    overrides = ["method=single_task", "student.max_rationale_tokens=8", "student.max_label_tokens=4"]
+    config = load_config(Path(__file__).parents[2] / "jobs" / "configs" / "tiny.yaml", overrides)
+    rationales = ["3 + 4 = 7.", "3 + 4 = 7, " * 20]
+    write_scratch("llama-tiny", [*rationales, SEPARATOR, "What is 3 + 4?"], tmp_path / "student", seed=0)
+    tokenizer = load_tokenizer(str(tmp_path / "student"), config.student)
+    records = [
+        {"id": str(i), "question": "What is 3 + 4?", "choices": None, "label": "8", "positives": [], "negatives": [],
+         "sample0": rationale, "sample0_label": "7"}
+        for i, rationale in enumerate(rationales)
+    ]  # fmt: skip
+    length = len(tokenizer.targets(rationales[:1], 100)[0].ids)
+    student = config.student.model_copy(update={"max_rationale_tokens": length})
+    config = config.model_copy(update={"student": student})
+    short, long = streaming._tokenize([0, 1], records, config, (tokenizer, get_task(config)))
+    assert tokenizer.decode(list(short.label)) == f"{rationales[0]}{SEPARATOR}7"
+    written, _, label = tokenizer.decode(list(long.label)).partition(SEPARATOR)
+    assert label == "7" and long.label[-1] == tokenizer.end
+    assert rationales[1].startswith(written) and 0 < len(written) < 20
+    assert (short.cut_targets, long.cut_targets) == (0, 1)

@@ -13,6 +13,7 @@ from qcrd_ray.errors import UserError
 from qcrd_ray.rationales import tables
 from qcrd_ray.rationales.counts import Counts
 from qcrd_ray.rationales.schema import HELD_OUT, RATIONALE_SETS, TEACHER_SAMPLES, check_table
+from qcrd_ray.rationales.table_files import open_rationale_table
 from qcrd_ray.sampling import teacher as live
 from qcrd_ray.sampling.scripted import NAME, ScriptedTeacher, slip_probability
 
@@ -47,6 +48,22 @@ ANSWERS: dict[str, list[str | None]] = {
     "none": [],
     "only-wrong": ["3", "3", None],
 }
+
+
+def test_labels_alone_are_learned_from_the_questions_of_all_methods(ray_session: Any, tmp_path: Path) -> None:
+    def used(place: Path, **keys: Any) -> list[str]:
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        prepare_tables(config(place, **keys), out)
+        return [str(name) for name in open_rationale_table(out / "train.arrow")["id"].to_pylist()]
+
+    answered = source(tmp_path / "answered", ANSWERS)
+    assert used(answered, method="finetune") == used(answered, method="dss") == ["only-right", "split", "only-wrong"]
+    assert used(answered, method="finetune", data={"unanswered": "keep"}) == list(ANSWERS)
+    assert used(answered, method="dss", data={"unanswered": "keep"}) == used(answered, method="dss")
+    unasked = source(tmp_path / "unasked", {name: [] for name in ANSWERS})
+    assert used(unasked, method="finetune") == list(ANSWERS)
+    with pytest.raises(UserError, match="no_samples 5"):
+        used(unasked, method="finetune", data={"unanswered": "drop"})
 
 
 def test_tables_and_counts(ray_session: Any, tmp_path: Path) -> None:

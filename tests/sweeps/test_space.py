@@ -50,7 +50,7 @@ def test_a_row_of_the_ablation_switches_off_what_it_does_not_name() -> None:
     rows = {point.labels["modules"]: configure(TINY, point.settings) for point in cross(SPACES["ablations"]).grid()}
     assert list(rows) == ["none", "ED", "ED+NK", "ED+NK+QJ"]
     on = {
-        name: (config.teacher.samples > 1, config.sampled_negatives > 0, config.judge.enabled)
+        name: (config.positives == "vote", config.sampled_negatives > 0, config.judge.enabled)
         for name, config in rows.items()
     }
     assert on == {

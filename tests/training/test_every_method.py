@@ -20,7 +20,7 @@ STEPS = 10
 NOTHING_NEW = ["positives=first", "negatives.source=none", "judge.enabled=false"]
 
 METHODS = {
-    "finetune": "gold", "single_task": "teacher_vote", "dss": "gold", "mi": "teacher_sample", "qcrd": "gold",
+    "finetune": "gold", "single_task": "gold", "dss": "gold", "mi": "teacher_sample", "qcrd": "gold",
     "mi+qcrd": "teacher_vote",
 }  # fmt: skip
 """With the labels of each."""

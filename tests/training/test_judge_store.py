@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,13 @@ def test_equal_inputs_have_one_key(tmp_path: Path) -> None:
 def test_each_setting_that_decides_has_a_key_of_its_own(tmp_path: Path, changes: dict[str, Any]) -> None:
     run = run_of(tmp_path, "one")
     assert pretraining_key(config_of(tmp_path, **changes), run) != pretraining_key(config_of(tmp_path), run)
+
+
+def test_questions_without_a_negative_pretrain_nothing(tmp_path: Path, one_rank: None) -> None:
+    run = run_of(tmp_path, "alone", [{**row, "negatives": []} for row in rows()])
+    judge, update = pretrained(config_of(tmp_path, judge={"store": None}), run)
+    assert update is not None and judge.pretrained_steps == 0
+    assert update.loss == 0.0 and math.isnan(update.positive_score) and math.isnan(update.negative_score)
 
 
 def changed_row(**changes: Any) -> list[dict[str, Any]]:
