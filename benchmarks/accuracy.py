@@ -30,8 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
-from qcrd_ray.config import ExperimentConfig, config_to_yaml, load_config
+from qcrd_ray.config import ExperimentConfig, config_from_dict, config_to_yaml, load_config
+from qcrd_ray.errors import UserError
 from qcrd_ray.reporting.run_record import read_predictions
 from qcrd_ray.run_folder import EVALUATIONS, METRICS, RESULT, RunFolder, write_text_atomic
 from qcrd_ray.seeding import stable_hash
@@ -146,6 +148,7 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     chosen = Axis("method", "method", tuple(Choice(m, {"method": m, "optim.lr": rates[m]}) for m in rates))
     seeds = range(base.train.seed, base.train.seed + arguments.seeds)
     trials = all_trials(base, chosen, {seed: pieces / f"{name}-seed-{seed}.json" for seed in seeds})
+    counts["train"] = max((trial["used"] for trial in trials if "used" in trial), default=counts["train"])
     answers = {method: right_answers(trials, method) for method in comparison.methods}
     rows = [{key: value for key, value in trial.items() if key != "answers"} for trial in trials]
     return {
@@ -220,7 +223,7 @@ class Piece:
         self.axis, self.seed, self.file = axis, seed, file
         self.config = config_to_yaml(shown(self.base))
         found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"config": self.config, "trials": []}
-        if found["config"] != self.config:
+        if _as_now(found["config"]) != self.config:
             raise SystemExit(f"error: {file} is of another config; give another --pieces or remove it")
         settings = {choice.label: dict(choice.settings) for choice in axis.choices}
         labelled = {trial["labels"][axis.name]: trial for trial in found["trials"]}
@@ -232,6 +235,14 @@ class Piece:
 
     def write(self) -> None:
         write_text_atomic(self.file, json.dumps({"config": self.config, "trials": self.rows()}, indent=1) + "\n")
+
+
+def _as_now(text: str) -> str:
+    """A config with the keys that it was written without."""
+    try:
+        return config_to_yaml(config_from_dict(yaml.safe_load(text)))
+    except UserError:
+        return text
 
 
 def all_trials(base: ExperimentConfig, axis: Axis, files: Mapping[int, Path]) -> list[dict[str, Any]]:
@@ -262,13 +273,20 @@ def _sweep(pieces: Sequence[Piece], choices: tuple[Choice, ...]) -> None:
         settings = {choice.label: dict(choice.settings) for choice in choices}
         for row in rows:
             label, run = row.labels[axis.name], plan.run(row.trial)
-            more = {"settings": settings[label], "last": last_steps(run), "answers": _answers(run)}
+            more = {"settings": settings[label], "used": _used(run), "last": last_steps(run), "answers": _answers(run)}
             pieces[row.seed - first.seed].trials[label] = vars(row) | more
         for piece in pieces:
             piece.write()
     failed = len(pieces) * len(choices) - len(rows)
     if failed:
         raise SystemExit(f"error: {plan.folder}: {failed} trials failed; see its outcomes.json")
+
+
+def _used(run: RunFolder) -> int:
+    """Questions that it was trained on."""
+    result = run.read_json(RESULT)
+    assert result is not None
+    return int(result["data"]["train"]["used"])
 
 
 def last_steps(run: RunFolder) -> dict[str, float]:

@@ -17,6 +17,7 @@ from qcrd_ray.tasks.arithmetic import MAX_CHARACTERS, evaluate
 
 MAX_UNIT_WORDS = 3
 MAX_SIDE_TOKENS = 80
+MAX_SENTENCE = 300
 
 _CALCULATOR = re.compile(r"<<[^<>\n]{0,200}>>")
 _LATEX = re.compile(r"\\(?:(times|cdot|div)(?![A-Za-z])|[()\[\]$%])")
@@ -33,6 +34,7 @@ _PHRASES = (
 )
 _BULLET = re.compile(r"^(?:[-*+•]\s+|\(?\w{1,2}[.)]\s+)", re.MULTILINE)
 _CLAUSE_END = re.compile(r"""\n|[.,;!?](?=[\s)"']|$)|(?<!\d):|:(?!\d)|[!<>]=|=>|->|[→⇒—"“”]""")
+_SENTENCE_END = re.compile(r"\n|[.!?](?=[\s)\"']|$)")
 _EQUAL = re.compile(r"(==?|≈|≅)")
 _TOKEN = re.compile(
     r"""(?P<number>(?:[0-9][0-9,.]*|\.[0-9]+)(?:\s?%)?)
@@ -64,6 +66,9 @@ _LABELS = _words("day week month year step case part option chapter question num
 _RATES = _words("per a an each every")
 _ORDINALS = _words("st nd rd th")
 _INEXACT = _words("remainder remaining rounded rounding leftover leftovers over approximately approx about roughly")
+_WHOLE = _words("left full fully whole complete completely remain remains down up")
+"""Said of a division whose result is cut to a whole number."""
+_DENIED = _words("wrong incorrect false not")
 _MEASURES = _words(
     "second sec minute min hour hr day week month year cent penny pennie nickel dime quarter dollar inch inche foot",
     "feet yard mile mm cm m km meter metre kilometer centimeter gram g kg kilogram ounce oz pound lb liter l ml gallon",
@@ -118,7 +123,7 @@ def find_steps(text: str) -> list[Step]:
     digit that is no zero. `5 * 3 = 15 + 2 = 17` is read as people mean it: `5 * 3 = 15`, then `15 + 2 = 17`.
     """
     steps = []
-    for clause in _clauses(text):
+    for clause, goes_on in _clauses(text):
         money = "$" in clause
         parts = _EQUAL.split(clause.replace("$", "").replace("€", "").replace("£", ""))
         sides = [_tokens(part) for part in parts[::2]]
@@ -126,22 +131,27 @@ def find_steps(text: str) -> list[Step]:
             left, right = _trailing(before), _leading(after)
             if left is None or right is None or not left.operators + right.operators:
                 continue
-            holds = _holds(left, right, sign in "≈≅")
-            if holds is None or (not holds and _may_hold(left, right, money)):
+            holds = _holds(left, right, sign in "≈≅", money)
+            if holds is None or (not holds and _may_hold(left, right, money, goes_on)):
                 continue
             steps.append(Step(f"{left.expression} {sign} {right.expression}", holds))
     return steps
 
 
-def _clauses(text: str) -> Iterator[str]:
-    """Pieces of a text with an equals sign, in which no sentence or line ends."""
+def _clauses(text: str) -> Iterator[tuple[str, str]]:
+    """Pieces of a text with an equals sign, in which no sentence or line ends; how their sentence goes on."""
     text = _LATEX.sub(lambda match: {"times": "*", "cdot": "*", "div": "/"}.get(match[1], " "), text)
     text = _FRACTION.sub(r"((\1)/(\2))", _BOXED.sub(r" \1 ", text))
     text = _CALCULATOR.sub("", text).translate(_SAME)
     for pattern, sign in _PHRASES:
         text = pattern.sub(sign, text)
     text = _BULLET.sub("", _joined(_MARKUP.sub(" ", text)))
-    return (clause for clause in _CLAUSE_END.split(text) if "=" in clause or "≈" in clause or "≅" in clause)
+    begin = 0
+    for end in [match.span() for match in _CLAUSE_END.finditer(text)] + [(len(text), len(text))]:
+        clause = text[begin : end[0]]
+        if "=" in clause or "≈" in clause or "≅" in clause:
+            yield clause, _SENTENCE_END.split(text[end[0] : end[0] + MAX_SENTENCE], maxsplit=1)[0]
+        begin = end[1]
 
 
 def _joined(text: str) -> str:
@@ -325,7 +335,7 @@ def _singular(word: str) -> str:
     return word[:-1] if word.endswith("s") and len(word) > 2 else word
 
 
-def _holds(left: _Side, right: _Side, approximate: bool) -> bool | None:
+def _holds(left: _Side, right: _Side, approximate: bool, money: bool) -> bool | None:
     """Whether two sides are equal as written, None where one has no value or a percentage may mean two things."""
     if max(len(left.expression), len(right.expression)) > MAX_CHARACTERS:
         return None
@@ -336,7 +346,7 @@ def _holds(left: _Side, right: _Side, approximate: bool) -> bool | None:
         first, second = _value(left, percent), _value(right, percent)
         if first is None or second is None:
             return None
-        results.append(_equal(first, second, left, right, percent, approximate))
+        results.append(_equal(first, second, left, right, percent, approximate, money))
     return any(results)
 
 
@@ -344,8 +354,13 @@ def _value(side: _Side, percent: str) -> Fraction | None:
     return evaluate(re.sub(r"([\d.]+)%", rf"(\1{percent}", side.expression))
 
 
-def _equal(first: Fraction, second: Fraction, left: _Side, right: _Side, percent: str, approximate: bool) -> bool:
-    if first == second or abs(first - second) <= _slack(left, percent) + _slack(right, percent):
+def _equal(
+    first: Fraction, second: Fraction, left: _Side, right: _Side, percent: str, approximate: bool, money: bool
+) -> bool:
+    # 3.33 * 3 = 10: where a whole number comes of it, two decimals may be rounded ones too, unless they are cents.
+    is_whole = not (left.operators and right.operators) and 1 in (first.denominator, second.denominator)
+    least = 2 if is_whole and not money and abs(first - second) < Fraction(1, 4) else 3
+    if first == second or abs(first - second) <= _slack(left, percent, least) + _slack(right, percent, least):
         return True
     if not right.operators:
         return _is_rounded(first, second, right, percent, approximate)
@@ -358,10 +373,10 @@ def _equal(first: Fraction, second: Fraction, left: _Side, right: _Side, percent
     return False
 
 
-def _slack(side: _Side, percent: str) -> Fraction:
-    """How far off a side may be as its numbers of three or more decimals, which are rounded themselves, may be."""
+def _slack(side: _Side, percent: str, least: int) -> Fraction:
+    """How far off a side may be as its numbers of `least` or more decimals, which are rounded themselves, may be."""
     value, slack = _value(side, percent), Fraction(0)
-    for match in re.finditer(r"\d*\.(\d{3,})", side.expression) if side.operators else ():
+    for match in re.finditer(rf"\d*\.(\d{{{least},}})", side.expression) if side.operators else ():
         more = Fraction(match[0]) + Fraction(1, 2 * 10 ** len(match[1]))
         written = f"({more.numerator}/{more.denominator})"
         other = _value(
@@ -390,15 +405,21 @@ def _is_rounded(value: Fraction, written: Fraction, side: _Side, percent: str, a
     return rounded or cut or (approximate and abs(value - written) <= unit)
 
 
-def _may_hold(left: _Side, right: _Side, money: bool) -> bool:
+def _may_hold(left: _Side, right: _Side, money: bool, goes_on: str) -> bool:
     """Whether two sides that differ may yet be meant to be the same: in other units, or but for a remainder."""
     if not left.operators and (left.units or not left.whole):
         return True  # the last number of a sentence, or `1 pack = $28 / 2`
     label, _, rest = left.expression.partition(" - ")
     if label.isdigit() and evaluate(rest) is not None and evaluate(rest) == evaluate(right.expression):
         return True  # Bus 1 - 46 * 2 = 92
-    if any(token.text.casefold() in _INEXACT for token in right.rest) or right.units & _INEXACT:
+    said = {token.text.casefold() for token in right.rest} | right.units
+    if said & (_INEXACT | _DENIED) or (left.units | right.units) & {"am", "pm"}:
         return True
+    value, written = evaluate(left.expression), evaluate(right.expression)
+    if "/" in left.expression and value is not None and written is not None and abs(value - written) < 1:
+        said |= {word.casefold() for word in re.findall(r"\w+", goes_on)}
+        if said & (_INEXACT | _WHOLE):
+            return True
     if [token.kind for token in right.rest[:2]] == ["word", "number"] and right.rest[0].text == "and":
         return True  # 2 and 1/3
     if left.units and right.units and not left.units & right.units:

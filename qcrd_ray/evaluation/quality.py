@@ -10,7 +10,9 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import combinations
+from operator import eq
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,11 @@ MAX_CHARACTERS = 20_000
 
 _NUMBER = re.compile(r"(?<![\w.,])-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?![\w])")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
+_DENIALS = frozenset(
+    ["not", "cannot", "never", "neither", "nor", "no", "unlike", "except", "without", "rather", "instead"]
+)
+MOST_ENDING = 3
+"""Letters of an ending, as in `skating` of `skate`."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,8 @@ def measure(rationale: Rationale, task: Task, ngram: int = 4) -> Measured:
     label, gold = rationale.label, rationale.gold
     contradicts = None
     if stated is not None and label is not None and task.canonical_answer(label, rationale.choices) is not None:
-        contradicts = not task.same_answer(stated, label, rationale.choices)
+        same = task.same_answer(stated, label, rationale.choices)
+        contradicts = not (same or _is_rounded(*(task.canonical_answer(t, rationale.choices) for t in (stated, label))))
     right = None
     if label is not None and gold is not None:
         right = task.same_answer(label, gold, rationale.choices)
@@ -106,6 +114,17 @@ def measure(rationale: Rationale, task: Task, ngram: int = 4) -> Measured:
         copied_share=share,
         longest_copied=longest,
     )
+
+
+def _is_rounded(one: str | None, other: str | None) -> bool:
+    """Whether one of two numbers is the other, rounded or cut at its last decimal."""
+    for text, longer in ((one or "", other or ""), (other or "", one or "")):
+        short, value, decimals = evaluate(text), evaluate(longer), len(text.partition(".")[2])
+        if short is not None and value is not None and decimals:
+            unit, more = Fraction(1, 10**decimals), abs(value) - abs(short)
+            if abs(value - short) <= unit / 2 or (value * short >= 0 and 0 <= more < unit):
+                return True
+    return False
 
 
 def stated_answer(text: str, task: Task, choices: Choices = None) -> str | None:
@@ -138,11 +157,27 @@ def _named_choice(text: str, choices: Sequence[str]) -> str | None:
     sentences = [sentence for sentence in _SENTENCE.split(text.strip()) if sentence]
     if not sentences:
         return None
-    last = f" {' '.join(tokens(sentences[-1]))} "
-    named = {normalise(choice) for choice in choices if f" {' '.join(tokens(choice))} " in last}
+    last = tokens(sentences[-1])
+    if any(word in _DENIALS or word.endswith(("n't", "n’t")) for word in last):
+        return None
+    near = {own: choice for choice in choices if _holds(last, own := tokens(choice), _is_inflected)}
     # `ice cream` names no `ice`: a choice within a longer one that is named does not count.
-    named = {one for one in named if not any(one != other and one in other for other in named)}
-    return named.pop() if len(named) == 1 else None
+    named = [own for own in near if not any(len(own) < len(other) and _holds(other, own) for other in near)]
+    # Of `theaters` and `movies` either may be meant; of `cars` alone, `car` is not said beyond doubt.
+    return normalise(near[named[0]]) if len(named) == 1 and _holds(last, named[0]) else None
+
+
+def _holds(text: Sequence[str], part: Sequence[str], same: Callable[[str, str], bool] = eq) -> bool:
+    """Whether a text has these tokens in a row."""
+    places = range(len(text) - len(part) + 1) if part else ()
+    return any(all(map(same, text[place : place + len(part)], part)) for place in places)
+
+
+def _is_inflected(one: str, other: str) -> bool:
+    """Whether two words are the same but for an ending, as `hospital` and `hospitals`, `party` and `parties`."""
+    short, long = sorted((one, other), key=len)
+    stem = short[:-1] if short.endswith(("y", "e")) and len(short) > 3 else short
+    return one == other or (len(stem) > 2 and long.startswith(stem) and len(long) - len(stem) <= MOST_ENDING)
 
 
 def copying(text: str, question: str, ngram: int = 4) -> tuple[float | None, int]:

@@ -49,6 +49,14 @@ def marks(text: str) -> str:
         ("2/3 = 69%", "w"),
         ("0.1739 * 92 = 16", "r"),  # 0.1739 is itself rounded
         ("$2.25 * 3 = $6.76", "w"),
+        ("2.25 * 3 = 6.76", "w"),
+        ("10/3 = 3.33, and 3.33 * 3 = 10", "rr"),  # 3.33 is itself rounded
+        ("6.67 * 3 = 20", "r"),
+        ("$6.67 * 3 = $20", "w"),
+        ("6.67 * 3 = 21", "w"),
+        ("23 - 6 = 18, so 18 are left", "w"),
+        ("186 / 19 = 9 rows", "w"),
+        ("186 / 19 = 8, with a remainder of 15", "w"),
         ("5 * 3 = 15 + 2 = 17", "rr"),  # sloppy, and meant
         ("5 * 3 = 16 + 2 = 18", "wr"),
         ("9 = 4 + 5", "r"),
@@ -118,6 +126,13 @@ def test_steps_are_found_and_judged(text: str, expected: str) -> None:
         "16 ounces = 1 pound",
         "total += 3",
         "3 + ? = 7",
+        "8 / 3 = 2, with a remainder of 2",
+        "8 / 3 = 2, remainder 2",
+        "25 / 4 = 6 boxes, with 1 left",
+        "100/7 = 14, rounded down",
+        "100 / 7 = 14 full weeks",
+        "8 + 5 = 1 PM",
+        "3 + 4 = 8 is wrong",
     ],
 )
 def test_what_is_no_plain_arithmetic_is_never_called_wrong(text: str) -> None:

@@ -45,6 +45,13 @@ def test_the_answer_that_arithmetic_comes_to(text: str, expected: str | None) ->
         ("It is not the oven but a refrigerator.", None),  # two of them
         ("Nice cars.", None),
         ("So it is (d) oven. The answer is (d) oven.", "oven"),
+        ("So it cannot be an oven.", None),
+        ("It isn't the oven.", None),
+        ("Unlike a car it stands still.", None),
+        ("Only ovens are hot, and a car is not.", None),
+        ("Of the two only ovens hold a car.", None),  # either may be meant
+        ("Refrigerators and cars are machines, an oven too.", None),
+        ("They sell nice creams and an oven.", "oven"),
         ("", None),
     ],
 )
@@ -64,6 +71,11 @@ def test_a_rationale_without_a_form_of_its_answer_names_none() -> None:
         ("84 / 2 = 42.", "42", False),
         ("84 / 2 = 42.", "( 84.0 - 2.0 )", True),
         ("84 / 2 = 43.", "( 84.0 / 2.0 )", True),
+        ("10 / 3 = 3.33.", "( 10.0 / 3.0 )", False),
+        ("810 / 664 = 1.22.", "1.21988", False),
+        ("10 / 3 = 3.33.", "3.3", False),
+        ("10 / 3 = 3.33.", "3.4", True),
+        ("133 / 19 = 6.95.", "7", True),  # another answer, though near
         ("84 / 2 = 42.", "what?", None),
         ("84 / 2 = 42.", None, None),
         ("He divides.", "42", None),
