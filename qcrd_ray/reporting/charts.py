@@ -54,7 +54,7 @@ _PANELS = (
     _Panel("Discriminator", "Its loss: equation (2).", (("judge_loss", ""),), "loss"),
     _Panel(
         "Scores in training",
-        "The discriminator's mean scores of the rationales that were chosen.",
+        "The discriminator's mean scores of what was chosen; of negatives, without dropout, those inside the margin.",
         (("score_positive", "positives"), ("score_negative", "negatives")),
         "score",
     ),
