@@ -3,9 +3,8 @@
     python benchmarks/paper_tables.py [--only SPACE ...] [--seeds N] [--output runs/paper_tables] [key=value ...]
 
 The spaces are those of `tune/sweep.py`. The teacher is the scripted one, which is simulated: it explains its sums, and
-about a third of its samples are wrong. The student is the scratch T5 of `tiny.yaml`, a million parameters that know
-nothing. So the tables say what the parts of the method do where the teacher is noisy and the student is small, and
-nothing of any benchmark.
+about a third of its samples are wrong. The student is the SmolLM2-135M of `quickstart.yaml`. So the tables say what the
+parts of the method do where the teacher is noisy, and nothing of any benchmark.
 
 Whatever ends it, the same command goes on. `OUTPUT/SPACE.json` holds what `docs/results.md` shows.
 """
@@ -39,9 +38,8 @@ NAMES = (
     "data_share",
 )  # fmt: skip
 SETTINGS = (
-    "data.generated.train=960", "data.generated.valid=100", "data.generated.test=500", "train.max_steps=400",
-    "train.iteration_steps=20", "train.batch_size=16", "train.eval_interval=100", "train.log_interval=50",
-    "train.threads=1", "sampler.threads=1", "train.cpus_per_worker=0.6", "sampler.cpus=0.1", "evaluation.observed=0",
+    "data.generated.test=300", "train.max_steps=48", "train.checkpoint_interval=24", "evaluation.observed=0",
+    "train.threads=1", "sampler.threads=1", "train.cpus_per_worker=0.6", "sampler.cpus=0.1", "sampler.kv_cache_gib=0.5",
 )  # fmt: skip
 
 
@@ -61,7 +59,7 @@ def main() -> None:
 def tables(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One sweep over the points of all tables, each once, whatever tables it is in; what it says of each table."""
     base = load_config(
-        ROOT / "jobs" / "configs" / "tiny.yaml",
+        ROOT / "jobs" / "configs" / "quickstart.yaml",
         [*SETTINGS, f"run.storage_path={arguments.output.absolute()}", *arguments.overrides],
     )
     spaces = {name: Space(SPACES[name]) for name in names}
