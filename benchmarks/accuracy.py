@@ -273,7 +273,13 @@ def _sweep(pieces: Sequence[Piece], choices: tuple[Choice, ...]) -> None:
         settings = {choice.label: dict(choice.settings) for choice in choices}
         for row in rows:
             label, run = row.labels[axis.name], plan.run(row.trial)
-            more = {"settings": settings[label], "used": _used(run), "last": last_steps(run), "answers": _answers(run)}
+            more = {
+                "settings": settings[label],
+                "used": _used(run),
+                "last": last_steps(run),
+                "judge": judge_scores(run),
+            }
+            more["answers"] = _answers(run)
             pieces[row.seed - first.seed].trials[label] = vars(row) | more
         for piece in pieces:
             piece.write()
@@ -289,10 +295,30 @@ def _used(run: RunFolder) -> int:
     return int(result["data"]["train"]["used"])
 
 
+def _metrics(run: RunFolder) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.read(METRICS).decode().splitlines()]
+
+
+def judge_scores(run: RunFolder) -> dict[str, list[float]]:
+    """The judge's mean scores of positives and of negatives: at the end of pretraining, before its online updates.
+
+    The negatives are the minority and corrupted positives in pretraining, then those that the student is trained on.
+    """
+    rows = _metrics(run)
+    pretrained = [row for row in rows if "judge_pretrained_steps" in row]
+    updates = [row for row in rows if "judge_loss" in row]
+    moments = {"pretrained": pretrained[-1:], "first": updates[:1], "last": updates[-1:]}
+    prefixes = {"pretrained": "judge_pretrain"}
+    return {
+        moment: [row[f"{prefixes.get(moment, 'judge')}_{side}_score"] for side in ("positive", "negative")]
+        for moment, found in moments.items()
+        for row in found
+    }
+
+
 def last_steps(run: RunFolder) -> dict[str, float]:
     """Means over the last steps of training of what its metrics say."""
-    lines = run.read(METRICS).decode()
-    rows = [row for row in map(json.loads, lines.splitlines()) if "loss" in row][-LAST_STEPS:]
+    rows = [row for row in _metrics(run) if "loss" in row][-LAST_STEPS:]
     values = {key: [row[key] for row in rows if row.get(key) is not None] for key in LAST}
     return {key: float(np.mean(found)) for key, found in values.items() if found}
 
@@ -350,6 +376,14 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
         own = [row["last"] for row in found["trials"] if row["labels"]["method"] == method]
         means = [[last[key] for last in own if key in last and _takes(method, key)] for key in LAST]
         yield f"| {method} | {' | '.join(f'{np.mean(m):.3f}' if m else '' for m in means)} |"
+    judged = [row for row in found["trials"] if row.get("judge")]
+    if judged:
+        yield "\nThe judge's mean scores, positives / negatives:\n"
+        yield "| run | end of pretraining | first update | last update |\n|---|---|---|---|"
+        for row in judged:
+            cells = [row["judge"].get(moment) for moment in ("pretrained", "first", "last")]
+            shown = [" / ".join(f"{score:.2f}" for score in cell) if cell else "" for cell in cells]
+            yield f"| {row['labels']['method']}, seed {row['seed']} | {' | '.join(shown)} |"
     yield "\n| | difference, 95 % over questions | p |\n|---|---|---|"
     for row in found["pairs"]:
         yield f"| {row['a']} − {row['b']} | {row['difference']:+.3f} ± {row['half']:.3f} | {row['p']:.3f} |"

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from qcrd_ray.sampling.predictions import predict
 from qcrd_ray.sampling.student_engine import engine_spec
 from qcrd_ray.tasks.prompts import load_tokenizer
 from tests.faults.runs import until
+from tests.sampling.tiny_server import server_of
 from tests.taught import ANSWERS, CHOSEN, student_config, teach
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +120,22 @@ def test_the_card_loads_the_student_and_gets_the_same_answers(taught: Taught) ->
         exec(compile(code, "README.md", "exec"), {})
     answer = expected(Asked(1, "What is 3 + 4?"))
     assert printed.getvalue().splitlines() == [answer["label"], answer["rationale"]]
+
+
+@pytest.mark.slow
+@pytest.mark.beside
+@pytest.mark.parametrize("taught", ["llama-tiny"], indirect=True)
+def test_the_card_s_requests_get_the_same_answers_of_vllm_serve(taught: Taught, tmp_path: Path) -> None:
+    card = (taught.folder / "README.md").read_text(encoding="utf-8")
+    requests = re.findall(r"^curl http://localhost:8000(\S+) .*?\\\n +-d '(.*?)'$", card, re.MULTILINE)
+    said = []
+    with server_of(taught.folder, "student", tmp_path) as url:
+        for path, body in requests:
+            request = urllib.request.Request(f"{url}{path}", body.encode(), {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                said.append(json.load(answer)["choices"][0]["text"].strip())
+    answer = expected(Asked(1, "What is 3 + 4?"))
+    assert said == [answer["label"], answer["rationale"]]
 
 
 def test_plain_generate_does_what_evaluation_does(taught: Taught) -> None:

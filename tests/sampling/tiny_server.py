@@ -1,4 +1,4 @@
-"""A vLLM server of a small random model, on the CPU, in processes of its own."""
+"""A vLLM server of a small model, on the CPU, in processes of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from qcrd_ray.models.scratch import build_scratch
@@ -23,25 +23,42 @@ _TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['con
 
 
 @contextlib.contextmanager
-def tiny_server(folder: Path, start_seconds: float = 240.0) -> Iterator[str]:
-    """Its URL, without `/v1`. No process of it is left at the end."""
+def tiny_server(folder: Path) -> Iterator[str]:
+    """The URL of a server of a random model, without `/v1`."""
     texts = [f"What is {a} + {b}? {a} + {b} = {a + b}." for a in range(40) for b in range(5)]
     model = build_scratch("llama-tiny", texts, folder / "llama", seed=0)
     template = folder / "chat.jinja"
     template.write_text(_TEMPLATE)
+    settings = {
+        "dtype": "bfloat16",
+        "max-model-len": CONTEXT,
+        "chat-template": template,
+        "generation-config": "vllm",
+    }
+    with server_of(model, MODEL, folder, settings) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def server_of(
+    model: Path, name: str, folder: Path, more: Mapping[str, object] | None = None, start_seconds: float = 240.0
+) -> Iterator[str]:
+    """The URL of a server of a model's folder, without `/v1`. No process of it is left at the end.
+
+    Args:
+        folder: for its log.
+        more: options of `vllm serve`.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = {
         "model": model,
-        "served-model-name": MODEL,
+        "served-model-name": name,
         "host": "127.0.0.1",
         "port": port,
-        "dtype": "bfloat16",
-        "max-model-len": CONTEXT,
         "max-num-seqs": 16,
-        "chat-template": template,
-        "generation-config": "vllm",
+        **(more or {}),
     }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
     command += [f"--{name}={value}" for name, value in settings.items()]
