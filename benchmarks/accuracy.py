@@ -24,7 +24,7 @@ import argparse
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,12 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     chosen = Axis("method", "method", tuple(Choice(m, {"method": m, "optim.lr": rates[m]}) for m in rates))
     seeds = range(base.train.seed, base.train.seed + arguments.seeds)
     trials = all_trials(base, chosen, {seed: pieces / f"{name}-seed-{seed}.json" for seed in seeds})
-    counts["train"] = max((trial["used"] for trial in trials if "used" in trial), default=counts["train"])
+    used = {trial.get("used", counts["train"]) for trial in trials}
+    if len(used) > 1:
+        raise SystemExit(
+            f"error: {pieces}: trials of {sorted(used)} training questions do not compare; remove {name}-*"
+        )
+    counts["train"] = used.pop()
     answers = {method: right_answers(trials, method) for method in comparison.methods}
     rows = [{key: value for key, value in trial.items() if key != "answers"} for trial in trials]
     return {
@@ -253,12 +258,22 @@ def all_trials(base: ExperimentConfig, axis: Axis, files: Mapping[int, Path]) ->
     pieces = {seed: Piece(base, axis, seed, file) for seed, file in files.items()}
     missing: dict[tuple[int, ...], list[Choice]] = {}
     for choice in axis.choices:
-        seeds = tuple(seed for seed, piece in pieces.items() if choice.label not in piece.trials)
-        missing.setdefault(seeds, []).append(choice)
+        for seeds in _in_a_row(seed for seed, piece in pieces.items() if choice.label not in piece.trials):
+            missing.setdefault(seeds, []).append(choice)
     for seeds, choices in missing.items():
-        if seeds:
-            _sweep([pieces[seed] for seed in range(seeds[0], seeds[-1] + 1)], tuple(choices))
+        _sweep([pieces[seed] for seed in seeds], tuple(choices))
     return [row for piece in pieces.values() for row in piece.rows()]
+
+
+def _in_a_row(seeds: Iterable[int]) -> list[tuple[int, ...]]:
+    """Ascending numbers, as groups of which each is without a gap: what one sweep can have as seeds."""
+    groups: list[tuple[int, ...]] = []
+    for seed in seeds:
+        if groups and groups[-1][-1] == seed - 1:
+            groups[-1] = (*groups[-1], seed)
+        else:
+            groups.append((seed,))
+    return groups
 
 
 def _sweep(pieces: Sequence[Piece], choices: tuple[Choice, ...]) -> None:

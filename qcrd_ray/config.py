@@ -73,7 +73,7 @@ class DataConfig(Section):
     unanswered: Literal["auto", "drop", "keep"] = Field(
         "auto",
         description="Training questions without an answer of the recorded teacher, which only finetune can learn from: "
-        "auto drops them where there are samples at all, so that all methods train on the same questions.",
+        "auto drops them where there are samples at all, as every other method does.",
     )
     eval_limit: Positive | None = Field(None, description="Use the first N questions of the held-out splits.")
     teachers: list[str] | None = Field(None, description="Names of the teachers to take samples from. Default: all.")

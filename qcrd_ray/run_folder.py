@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -404,14 +404,19 @@ def text_file_atomic(path: Path) -> Iterator[TextIO]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     try:
-        with file:
-            yield file
+        yield file
+        try:
             file.flush()
             if not direct:
                 os.fsync(file.fileno())
+            file.close()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
         if not direct:
             os.replace(temporary, path)
     finally:
+        with suppress(OSError):  # what the buffer holds could not be written before either
+            file.close()
         if not direct:
             temporary.unlink(missing_ok=True)
 

@@ -66,9 +66,9 @@ _LABELS = _words("day week month year step case part option chapter question num
 _RATES = _words("per a an each every")
 _ORDINALS = _words("st nd rd th")
 _INEXACT = _words("remainder remaining rounded rounding leftover leftovers over approximately approx about roughly")
-_WHOLE = _words("left full fully whole complete completely remain remains down up")
+_CUT = _words("remainder remaining remain remains rounded rounding leftover leftovers left full fully whole complete")
 """Said of a division whose result is cut to a whole number."""
-_DENIED = _words("wrong incorrect false not")
+_DENIED = re.compile(r"\s*(?:is|are|was|would be|cannot be)\s+(?:not|wrong|incorrect|false)\b", re.IGNORECASE)
 _MEASURES = _words(
     "second sec minute min hour hr day week month year cent penny pennie nickel dime quarter dollar inch inche foot",
     "feet yard mile mm cm m km meter metre kilometer centimeter gram g kg kilogram ounce oz pound lb liter l ml gallon",
@@ -358,7 +358,8 @@ def _equal(
     first: Fraction, second: Fraction, left: _Side, right: _Side, percent: str, approximate: bool, money: bool
 ) -> bool:
     # 3.33 * 3 = 10: where a whole number comes of it, two decimals may be rounded ones too, unless they are cents.
-    is_whole = not (left.operators and right.operators) and 1 in (first.denominator, second.denominator)
+    written = [value for value, side in ((first, left), (second, right)) if not side.operators]
+    is_whole = bool(written) and written[0].denominator == 1
     least = 2 if is_whole and not money and abs(first - second) < Fraction(1, 4) else 3
     if first == second or abs(first - second) <= _slack(left, percent, least) + _slack(right, percent, least):
         return True
@@ -413,12 +414,14 @@ def _may_hold(left: _Side, right: _Side, money: bool, goes_on: str) -> bool:
     if label.isdigit() and evaluate(rest) is not None and evaluate(rest) == evaluate(right.expression):
         return True  # Bus 1 - 46 * 2 = 92
     said = {token.text.casefold() for token in right.rest} | right.units
-    if said & (_INEXACT | _DENIED) or (left.units | right.units) & {"am", "pm"}:
+    if said & _INEXACT or (left.units | right.units) & {"am", "pm"}:
+        return True
+    if _DENIED.match(" ".join(token.text for token in right.rest)):
         return True
     value, written = evaluate(left.expression), evaluate(right.expression)
     if "/" in left.expression and value is not None and written is not None and abs(value - written) < 1:
         said |= {word.casefold() for word in re.findall(r"\w+", goes_on)}
-        if said & (_INEXACT | _WHOLE):
+        if said & _CUT:
             return True
     if [token.kind for token in right.rest[:2]] == ["word", "number"] and right.rest[0].text == "and":
         return True  # 2 and 1/3

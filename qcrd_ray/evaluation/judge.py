@@ -105,14 +105,16 @@ _ALONE = re.compile(
 _SENTENCE = re.compile(
     r"\b(?P<tie>neither(?:\s+explanation)?(?:\s+A\s+nor(?:\s+explanation)?\s+B)?\s+is\s+better|"
     r"both(?:\s+explanations)?\s+are\s+equally|equally\s+good|it\s+is\s+a\s+tie)\b"
-    r"|\b(?:explanation\s+(?P<one>A|B)|(?P<bare>(?-i:A|B)))\s+is\s+"
+    r"|(?:\bexplanation\s+(?P<one>A|B)|(?:^|(?<=[.!?,;:]\s)|(?<=\n))(?P<bare>(?-i:A|B)))\s+is\s+"
     r"(?:(?:clearly|much|slightly|a bit|the)\s+)*(?:better|superior)\b"
     rf"|\bbetter\s+(?:explanation|one|answer)\s+is{_MARK}(?:explanation\s+)?(?P<named>A|B)\b{_ENDS}",
     re.IGNORECASE,
 )
-_DENIED = re.compile(r"\b(?:not|nor|neither|never|cannot|if|whether|unless)\b|n['’]t\b", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.!?;\n]")
-"""Behind the last of them, a `not` turns what follows round: `I do not think explanation A is better`."""
+_DENIED = re.compile(r"\b(?:not|nor|neither|never|cannot)\b|n['’]t\b", re.IGNORECASE)
+_DOUBTED = re.compile(r"\b(?:if|whether|unless)\b", re.IGNORECASE)
+_SENTENCE_END, _CLAUSE_END = re.compile(r"[.!?;\n]"), re.compile(r"[.!?;,\n]")
+"""Behind the last of them a `not` turns round what follows (`I do not think explanation A is better`), an `if` in the
+whole sentence."""
 
 
 def parse_verdict(text: str) -> Literal["A", "B", "TIE"] | None:
@@ -132,8 +134,11 @@ def parse_verdict(text: str) -> Literal["A", "B", "TIE"] | None:
     if alone:
         return _only({alone[1].upper()})
     said = list(_SENTENCE.finditer(text))
-    if any(not match["tie"] and _DENIED.search(_SENTENCE_END.split(text[: match.start()])[-1]) for match in said):
-        return None
+    for match in said:
+        before = text[: match.start()]
+        denied = _DENIED.search(_CLAUSE_END.split(before)[-1]) or _DOUBTED.search(_SENTENCE_END.split(before)[-1])
+        if (denied and not match["tie"]) or (match["named"] and _LIST.match(text[match.end() :])):
+            return None
     return _only({(match["one"] or match["bare"] or match["named"] or "TIE").upper() for match in said})
 
 

@@ -17,7 +17,7 @@ from typing import Any, TextIO, TypeVar
 from qcrd_ray.config import ExperimentConfig, PredictionConfig, load_config
 from qcrd_ray.errors import UserError
 from qcrd_ray.evaluation.questions import Asked, Bad, Input, check_file, is_unicode, read_questions
-from qcrd_ray.models.exported import check_weights, read_exported
+from qcrd_ray.models.exported import check_exported, read_exported
 from qcrd_ray.run_folder import text_file_atomic
 from qcrd_ray.sampling.engine import EngineSpec, Request, SamplingEngine, SamplingParameters, start_engine
 from qcrd_ray.sampling.predictions import most_tokens, rationale_and_label
@@ -234,8 +234,7 @@ def predict_job(arguments: Any, options: PredictionConfig, stdout: TextIO) -> No
 
     exported = read_exported(arguments.student, load_config(arguments.config) if arguments.config else None)
     config = exported.config(str(arguments.student), arguments.trust_remote_code)
-    check_weights(arguments.student)
-    load_tokenizer(config.student.model, config.student)  # an engine would say less of what is wrong with it
+    check_exported(arguments.student, config.student)
     if arguments.question:
         batches: Iterator[list[Input]] = iter(questions_given(arguments.question))
     else:

@@ -31,8 +31,7 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _DENIALS = frozenset(
     ["not", "cannot", "never", "neither", "nor", "no", "unlike", "except", "without", "rather", "instead"]
 )
-MOST_ENDING = 3
-"""Letters of an ending, as in `skating` of `skate`."""
+_ENDINGS = frozenset(["s", "es", "ies", "ied", "ed", "d", "ing", "er", "ers", "r", "rs"])
 
 
 @dataclass(frozen=True)
@@ -158,13 +157,18 @@ def _named_choice(text: str, choices: Sequence[str]) -> str | None:
     if not sentences:
         return None
     last = tokens(sentences[-1])
-    if any(word in _DENIALS or word.endswith(("n't", "n’t")) for word in last):
-        return None
     near = {own: choice for choice in choices if _holds(last, own := tokens(choice), _is_inflected)}
     # `ice cream` names no `ice`: a choice within a longer one that is named does not count.
-    named = [own for own in near if not any(len(own) < len(other) and _holds(other, own) for other in near)]
+    named = [
+        own for own in near if not any(len(own) < len(other) and _holds(other, own, _is_inflected) for other in near)
+    ]
     # Of `theaters` and `movies` either may be meant; of `cars` alone, `car` is not said beyond doubt.
-    return normalise(near[named[0]]) if len(named) == 1 and _holds(last, named[0]) else None
+    if len(named) != 1 or not _holds(last, named[0]):
+        return None
+    others = [word for word in last if word not in named[0]]
+    if any(word in _DENIALS or word.endswith(("n't", "n’t")) for word in others):
+        return None
+    return normalise(near[named[0]])
 
 
 def _holds(text: Sequence[str], part: Sequence[str], same: Callable[[str, str], bool] = eq) -> bool:
@@ -176,8 +180,9 @@ def _holds(text: Sequence[str], part: Sequence[str], same: Callable[[str, str], 
 def _is_inflected(one: str, other: str) -> bool:
     """Whether two words are the same but for an ending, as `hospital` and `hospitals`, `party` and `parties`."""
     short, long = sorted((one, other), key=len)
-    stem = short[:-1] if short.endswith(("y", "e")) and len(short) > 3 else short
-    return one == other or (len(stem) > 2 and long.startswith(stem) and len(long) - len(stem) <= MOST_ENDING)
+    stem = short[:-1] if short.endswith(("y", "e")) else short
+    ending = long[len(stem) :]
+    return one == other or (len(stem) > 2 and long.startswith(stem) and ending in _ENDINGS)
 
 
 def copying(text: str, question: str, ngram: int = 4) -> tuple[float | None, int]:

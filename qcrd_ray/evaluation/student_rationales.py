@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qcrd_ray.config import ExperimentConfig
 from qcrd_ray.errors import UserError
-from qcrd_ray.models.exported import STUDENT_FILE, as_trained, check_weights, read_exported
+from qcrd_ray.models.exported import STUDENT_FILE, as_trained, check_exported, read_exported
 from qcrd_ray.rationales.schema import Question
 from qcrd_ray.rationales.sources import SourceRow, read_rows, splits_available
 from qcrd_ray.sampling.engine import Generation, Request, SamplingEngine, SamplingParameters, start_engine
@@ -94,7 +94,7 @@ def explaining_student(config: ExperimentConfig, key: str, model: str) -> str:
     if as_trained(config, folder).method == "finetune":
         raise UserError(f"config key {key}: {model} was trained by finetune, which learns no rationales; give another")
     if (Path(folder) / STUDENT_FILE).is_file():
-        check_weights(Path(folder))
+        check_exported(Path(folder), config.student)
         own = read_exported(Path(folder))
         if own.task != config.task:
             raise UserError(f"config key {key}: {model} was trained for task={own.task}, the config says {config.task}")

@@ -89,8 +89,21 @@ def as_trained(config: ExperimentConfig, model: str) -> ExperimentConfig:
     return config.model_copy(update={"method": own.method, "student": student, "evaluation": evaluation})
 
 
-def check_weights(folder: Path) -> None:
-    """Raises UserError where a folder's safetensors are not there or not whole. What is in them is not read."""
+def check_exported(folder: Path, config: StudentConfig) -> None:
+    """Raises UserError where a folder's weights are not there or not whole, or its tokenizer cannot be read.
+
+    An engine would say less of what is wrong. The weights are not read, but for how long they are.
+    """
+    from qcrd_ray.tasks.prompts import load_tokenizer
+
+    _check_weights(folder)
+    try:
+        load_tokenizer(str(folder), config)
+    except Exception as error:  # each kind of tokenizer has exceptions of its own
+        raise UserError(f"{folder}: its tokenizer cannot be read: {first_line(error)}") from None
+
+
+def _check_weights(folder: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     files = {path.name for path in folder.glob("*.safetensors")}

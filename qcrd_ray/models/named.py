@@ -58,13 +58,13 @@ def load_network(auto: Any, model: str, **options: Any) -> Any:
     """`auto.from_pretrained(model, **options)` with all of its weights.
 
     Raises:
-        UserError: they cannot be read, or some are not there, which transformers would draw at random.
+        UserError: they are damaged, or some are not there, which transformers would draw at random.
     """
     from safetensors import SafetensorError
 
     try:
         network, found = auto.from_pretrained(model, output_loading_info=True, **options)
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
         raise UserError(f"{model}: its weights cannot be read: {first_line(error)}") from None
     missing = sorted(found["missing_keys"])
     if missing:

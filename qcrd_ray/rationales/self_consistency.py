@@ -208,7 +208,7 @@ def vote_and_tally(
         votes_gold=votes_gold,
     )
 
-    needs_samples = config.needs_samples or config.data.unanswered == "drop"
+    needs_samples = config.needs_samples or (config.data.unanswered == "drop" and config.teacher.engine == "recorded")
     if needs_samples and not samples:
         return Dropped("no_samples"), tally
     if needs_samples and result is None:

@@ -289,6 +289,11 @@ def student_tools(model: str, config: ExperimentConfig) -> tuple[StudentTokenize
     return _tools(model, config_to_yaml(config))
 
 
+def _decoded(tokenizer: StudentTokenizer, ids: Sequence[int]) -> str:
+    """Text of ids that may end within a character."""
+    return tokenizer.decode(list(ids)).rstrip("\ufffd")
+
+
 def _tokenize(
     rows: Sequence[int],
     records: Sequence[Mapping[str, Any]],
@@ -306,7 +311,7 @@ def _tokenize(
         firsts = [record["sample0"] for record in records]
         cut = tokenizer.targets(firsts, limits.max_rationale_tokens)
         # The label stands behind a long rationale too: what is too long of that is left out, not the label.
-        firsts = [tokenizer.decode(list(t.ids)) if t.cut else text for t, text in zip(cut, firsts, strict=True)]
+        firsts = [_decoded(tokenizer, t.ids) if t.cut else text for t, text in zip(cut, firsts, strict=True)]
         joined = [f"{first}{SEPARATOR}{r['sample0_label']}" for first, r in zip(firsts, records, strict=True)]
     else:
         label_limit, joined = limits.max_label_tokens, [record["label"] for record in records]

@@ -166,9 +166,15 @@ def _decided(config: ExperimentConfig, task: Task, teacher: Teacher | None) -> E
     recorded = teacher is None and config.teacher.engine == RECORDED
     if config.data.unanswered != "auto" or config.needs_samples or not recorded:
         return config
-    answered = any(row.samples for row in read_rows(config, task, TRAIN))
+    answered = flat_table(config, TRAIN) is not None or any(row.samples for row in read_rows(config, task, TRAIN))
     data = config.data.model_copy(update={"unanswered": "drop" if answered else "keep"})
     return config.model_copy(update={"data": data})
+
+
+def trained_questions(output: Path) -> int | None:
+    """Rows of the training table that is there, None without one, whatever made it."""
+    table = output / f"{TRAIN}.arrow"
+    return open_rationale_table(table).num_rows if table.is_file() else None
 
 
 def existing_tables(config: ExperimentConfig, output: Path, teacher: Teacher | None = None) -> Counts | None:

@@ -170,7 +170,8 @@ def _facts(run: RunRecord) -> Facts:
     sampler = part(negatives, "sampler")
     counts, config = run.counts or {}, run.raw_config
     before, after, n = (finite(accuracy.get(key)) for key in ("before", "after", "n"))
-    split = accuracy.get("split")
+    split = accuracy["split"] if isinstance(accuracy.get("split"), str) else None
+    after = after if after is None or 0.0 <= after <= 1.0 else None
     if after is None:  # of a run under way, as far as it is evaluated
         last = next((e for e in reversed(run.evaluations) if e["step"] > 0), None)
         after, split, n = (last["accuracy"], last["split"], last["n"]) if last else (None, run.split, None)

@@ -200,8 +200,9 @@ def _read_result(run: RunFolder, record: RunRecord) -> None:
 def _is_evaluation(entry: Any) -> bool:
     if not isinstance(entry, dict) or entry.get("split") not in HELD_OUT_SPLITS:
         return False
-    whole = all(isinstance(entry.get(key), int) for key in ("step", "snapshot", "n"))
-    return whole and finite(entry.get("accuracy")) is not None
+    whole = all(isinstance(number := entry.get(key), int) and 0 <= number < 10**9 for key in ("step", "snapshot", "n"))
+    accuracy = finite(entry.get("accuracy"))
+    return whole and accuracy is not None and 0.0 <= accuracy <= 1.0
 
 
 def _read_metrics(run: RunFolder, record: RunRecord) -> None:

@@ -10,7 +10,7 @@ from qcrd_ray.config import ExperimentConfig
 from qcrd_ray.rationales.streaming import student_tools
 from qcrd_ray.sampling.engine import Request, SamplingEngine, SamplingParameters
 from qcrd_ray.seeding import stable_hash
-from qcrd_ray.tasks.prompts import EXPLAIN, PREDICT, SEPARATOR
+from qcrd_ray.tasks.prompts import EXPLAIN, PREDICT, SEPARATOR, SEPARATOR_TOKENS
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def most_tokens(config: ExperimentConfig, prefix: str) -> int:
     if prefix == EXPLAIN:
         return config.student.max_rationale_tokens
     if config.method == "single_task":
-        return config.evaluation.max_new_tokens + config.student.max_rationale_tokens
+        return config.student.max_rationale_tokens + SEPARATOR_TOKENS + config.evaluation.max_new_tokens
     return config.evaluation.max_new_tokens
 
 

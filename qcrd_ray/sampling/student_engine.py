@@ -7,6 +7,7 @@ from typing import Any
 from qcrd_ray.config import ExperimentConfig
 from qcrd_ray.models.named import hub_config
 from qcrd_ray.sampling.engine import T5_FAMILY, EngineSpec
+from qcrd_ray.tasks.prompts import SEPARATOR_TOKENS
 
 
 def is_seq2seq(config: ExperimentConfig) -> bool:
@@ -31,8 +32,9 @@ def engine_name(config: ExperimentConfig, shape: Any = None) -> str:
 def max_model_tokens(config: ExperimentConfig) -> int:
     """Prompt and continuation of the longest sequence that the sampler may be asked for."""
     limits = config.student
-    longest = max(limits.max_rationale_tokens + limits.max_label_tokens, config.negatives.max_tokens or 0)
-    return limits.max_input_tokens + max(longest, config.evaluation.max_new_tokens) + 8
+    label = max(limits.max_label_tokens, config.evaluation.max_new_tokens)
+    longest = max(limits.max_rationale_tokens + label, config.negatives.max_tokens or 0)
+    return limits.max_input_tokens + longest + SEPARATOR_TOKENS
 
 
 def engine_spec(config: ExperimentConfig, model: str | None = None) -> EngineSpec:

@@ -11,6 +11,7 @@ from typing import Any
 from qcrd_ray.config import ExperimentConfig
 from qcrd_ray.models.student import Item, Student, cut_into_passes
 from qcrd_ray.sizing.shapes import known_config
+from qcrd_ray.tasks.prompts import SEPARATOR_TOKENS
 
 ROWS_LOOKED_AT = 2000
 STEPS_LOOKED_AT = 200
@@ -61,7 +62,10 @@ def batches_of(config: ExperimentConfig, lengths: tuple[int, int, int] | None = 
     limits = config.student
     if lengths is not None:
         return batches_at_limits(config, *lengths, "the lengths that were given")
-    at_limits = (limits.max_input_tokens, limits.max_rationale_tokens, limits.max_label_tokens)
+    label = limits.max_label_tokens
+    if config.method == "single_task":
+        label += limits.max_rationale_tokens + SEPARATOR_TOKENS
+    at_limits = (limits.max_input_tokens, limits.max_rationale_tokens, label)
     path = config.data.path
     there = path is not None and (path.startswith("generated:") or Path(path).exists())
     if not there or config.teacher.engine not in OFFLINE_TEACHERS:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from qcrd_ray.config import StudentConfig
-from qcrd_ray.errors import UserError, first_line
 
 PREDICT = "<Predict>"
 EXPLAIN = "<Explain>"
 SEPARATOR = "\nThe answer is: "
+"""Between the rationale and the label of a single sequence."""
+SEPARATOR_TOKENS = 8
+"""What it takes at most."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,9 @@ def load_run_tokenizer(folder: str, config: StudentConfig) -> StudentTokenizer:
 
 
 def load_tokenizer(model: str, config: StudentConfig) -> StudentTokenizer:
-    """The tokenizer of a student's folder or name. Raises UserError where there is none that can be read."""
+    """The tokenizer of a student's folder or name."""
     from transformers import AutoConfig, AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # each kind of tokenizer has exceptions of its own
-        raise UserError(f"{model}: its tokenizer cannot be read: {first_line(error)}") from None
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=config.trust_remote_code)
     network = AutoConfig.from_pretrained(model, trust_remote_code=config.trust_remote_code)
     return StudentTokenizer(tokenizer, config, bool(network.is_encoder_decoder))

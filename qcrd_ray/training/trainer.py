@@ -20,6 +20,7 @@ from qcrd_ray.config import ExperimentConfig, config_to_yaml
 from qcrd_ray.errors import Stopped, UserError
 from qcrd_ray.rationales.streaming import DATA_CPUS
 from qcrd_ray.rationales.table_files import open_rationale_table
+from qcrd_ray.rationales.tables import trained_questions
 from qcrd_ray.ray_session import ray_session
 from qcrd_ray.reporting.follower import Follower
 from qcrd_ray.reporting.progress import Progress as ProgressDisplay
@@ -153,7 +154,13 @@ def _tables(config: ExperimentConfig, run: RunFolder, keep: bool, stop: Stop) ->
     if run.root is None and not (folder / "counts.json").is_file() and run.has_folder(DATA):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(run.get_folder(DATA), folder)
+    before = trained_questions(folder) if keep else None
     prepared = prepare_tables(config, folder, keep, show)
+    if before is not None and prepared.counts.train.used != before:
+        raise UserError(
+            f"run {run}: it was begun on {before} training questions, of the same data there are now "
+            f"{prepared.counts.train.used}; start it under another run.name"
+        )
     if prepared.outcome is not None and (failed := failures_message(config, prepared.outcome)) is not None:
         raise UserError(failed)
     if run.root is None and not (prepared.counts.reused and run.has_folder(DATA)):

@@ -50,6 +50,12 @@ def marks(text: str) -> str:
         ("0.1739 * 92 = 16", "r"),  # 0.1739 is itself rounded
         ("$2.25 * 3 = $6.76", "w"),
         ("2.25 * 3 = 6.76", "w"),
+        ("0.25 * 4 = 1.02", "w"),
+        ("12.50 * 2 = 25.01", "w"),
+        ("90 / 4 = 22 groups, so he picks up 22", "w"),
+        ("100 / 7 = 14 apples each, and over the week all are eaten", "w"),
+        ("23 - 6 = 18 which is not much", "w"),
+        ("5 * 3 = 16 and not 15", "w"),
         ("10/3 = 3.33, and 3.33 * 3 = 10", "rr"),  # 3.33 is itself rounded
         ("6.67 * 3 = 20", "r"),
         ("$6.67 * 3 = $20", "w"),

@@ -52,11 +52,26 @@ def test_the_answer_that_arithmetic_comes_to(text: str, expected: str | None) ->
         ("Of the two only ovens hold a car.", None),  # either may be meant
         ("Refrigerators and cars are machines, an oven too.", None),
         ("They sell nice creams and an oven.", "oven"),
+        ("It is in plastic and refrigeration, never an oven.", None),
         ("", None),
     ],
 )
 def test_the_choice_that_a_rationale_names(text: str, expected: str | None) -> None:
     assert stated_answer(text, CQA, CHOICES) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "choices", "expected"),
+    [
+        ("It is cold, so no.", ("yes", "no"), "no"),
+        ("It is cold, so it is not no.", ("yes", "no"), None),
+        ("Only eastern united states are there.", ("state", "eastern united states"), "eastern united states"),
+        ("You find it in big cities.", ("city", "big cities"), "big cities"),
+        ("It is only a plan.", ("online", "planet", "plan"), "plan"),
+    ],
+)
+def test_a_choice_is_named_by_its_own_words(text: str, choices: tuple[str, ...], expected: str | None) -> None:
+    assert stated_answer(text, CQA, choices) == expected
 
 
 def test_a_rationale_without_a_form_of_its_answer_names_none() -> None:

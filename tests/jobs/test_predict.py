@@ -24,13 +24,12 @@ from qcrd_ray.config import ExperimentConfig, PredictionConfig
 from qcrd_ray.errors import UserError
 from qcrd_ray.evaluation.predict import Predictor, line, predict_lines, prediction_spec
 from qcrd_ray.evaluation.questions import Asked, Bad, Input
-from qcrd_ray.models.exported import STUDENT_FILE, check_weights, read_exported
+from qcrd_ray.models.exported import STUDENT_FILE, check_exported, read_exported
 from qcrd_ray.models.student import load_student
 from qcrd_ray.run_folder import RunFolder
 from qcrd_ray.sampling.engine import Generation, SamplingEngine, start_engine
 from qcrd_ray.sampling.predictions import predict
 from qcrd_ray.sampling.student_engine import engine_spec
-from qcrd_ray.tasks.prompts import load_tokenizer
 from tests.faults.runs import until
 from tests.sampling.tiny_server import server_of
 from tests.taught import ANSWERS, CHOSEN, student_config, teach
@@ -257,7 +256,7 @@ def test_a_folder_that_is_not_whole_is_named(
 ) -> None:
     folder = shutil.copytree(taught.folder, tmp_path / "student")
     config = read_exported(folder).config(str(folder))
-    check_weights(folder)
+    check_exported(folder, config.student)
     damage(folder / name)
     with pytest.raises(UserError, match=message) as caught:
         _load(folder, config)
@@ -268,8 +267,7 @@ def test_a_folder_that_is_not_whole_is_named(
 
 
 def _load(folder: Path, config: ExperimentConfig) -> None:
-    check_weights(folder)
-    load_tokenizer(str(folder), config.student)
+    check_exported(folder, config.student)
     start_engine(replace(engine_spec(config), precision="fp32", engine="transformers"))
 
 
