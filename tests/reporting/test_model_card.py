@@ -18,7 +18,7 @@ from qcrd_ray.models.scratch import build_scratch, train_tokenizer, write_scratc
 from qcrd_ray.reporting.model_card import Prompting, escaped, model_card
 from qcrd_ray.run_folder import RunFolder
 from qcrd_ray.sampling.schedule import Schedule
-from qcrd_ray.tasks.prompts import EXPLAIN, PREDICT, StudentTokenizer, load_tokenizer
+from qcrd_ray.tasks.prompts import EXPLAIN, PREDICT, SEPARATOR_TOKENS, StudentTokenizer, load_tokenizer
 from qcrd_ray.training.export import export, prompting_of
 from tests.s3_server import s3_server
 from tests.taught import TEACHER, result_of_a_run, student_config
@@ -177,7 +177,7 @@ def test_the_folder_is_whole_wherever_it_is(tmp_path: Path, model: str, remote: 
     for folder in (student, other):
         assert read_exported(folder).method == config.method
         found = json.loads((folder / "generation_config.json").read_text())
-        longest = 8 + 32 if config.method == "single_task" else 8
+        longest = 32 + SEPARATOR_TOKENS + 8 if config.method == "single_task" else 8
         seq2seq = {"decoder_start_token_id": 0} if model == "t5-tiny" else {}
         found.pop("transformers_version")
         assert found == {"do_sample": False, "eos_token_id": 1, "pad_token_id": 0, "max_new_tokens": longest, **seq2seq}
