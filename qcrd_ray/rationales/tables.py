@@ -172,9 +172,12 @@ def _decided(config: ExperimentConfig, task: Task, teacher: Teacher | None) -> E
 
 
 def trained_questions(output: Path) -> int | None:
-    """Rows of the training table that is there, None without one, whatever made it."""
+    """Rows of the training table that is there, None without one that can be read, whatever made it."""
     table = output / f"{TRAIN}.arrow"
-    return open_rationale_table(table).num_rows if table.is_file() else None
+    try:
+        return open_rationale_table(table).num_rows if table.is_file() else None
+    except UserError:
+        return None
 
 
 def existing_tables(config: ExperimentConfig, output: Path, teacher: Teacher | None = None) -> Counts | None:
