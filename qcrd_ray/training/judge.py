@@ -22,6 +22,7 @@ from qcrd_ray.training.engine import TrainEngine
 
 SETTLED = 0.95
 SETTLED_STEPS = 10
+ALIKE = 0.1
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class JudgeUpdate:
     loss: float
     positive_score: float
     negative_score: float
+
+    @property
+    def scores_alike(self) -> bool:
+        """Whether both sides score nearly the same, or the negatives higher: then the scores weigh nothing."""
+        return self.positive_score - self.negative_score < ALIKE
 
 
 class OnlineJudge:

@@ -115,6 +115,13 @@ def test_questions_without_a_negative_pretrain_nothing(tmp_path: Path, one_rank:
     assert update.loss == 0.0 and math.isnan(update.positive_score) and math.isnan(update.negative_score)
 
 
+@pytest.mark.parametrize(
+    ("positive", "negative", "alike"), [(1.0, 1.0, True), (0.2, 0.9, True), (0.9, 0.4, False), (math.nan, 0.4, False)]
+)
+def test_scores_are_alike_unless_positives_have_clearly_more(positive: float, negative: float, alike: bool) -> None:
+    assert JudgeUpdate(0.0, positive, negative).scores_alike is alike
+
+
 def changed_row(**changes: Any) -> list[dict[str, Any]]:
     first, *rest = rows()
     return [{**first, **changes}, *rest]
