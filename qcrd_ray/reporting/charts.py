@@ -121,12 +121,18 @@ def _curves(found: Sequence[tuple[int, int, str, Curve]], label: str, runs: int)
                 curve.x, curve.mean, color=colour, linestyle=style, linewidth=1.5, label=short(name, 30),
                 marker=MARKERS[number % len(MARKERS)] if few else None,
             )  # fmt: skip
-        plot.set_xlabel("step")
+        _step_axis(plot)
         plot.set_ylabel(label)
         plot.margins(x=0.02)
         if any(names):
             plot.legend(fontsize=8, loc="best")
     return made[0]
+
+
+def _step_axis(plot: Any) -> None:
+    """Named, and with whole numbers alone."""
+    plot.set_xlabel("step")
+    plot.xaxis.get_major_locator().set_params(integer=True)
 
 
 def accuracy(runs: Sequence[RunRecord]) -> Drawing | None:
@@ -156,7 +162,7 @@ def accuracy(runs: Sequence[RunRecord]) -> Drawing | None:
                     )  # fmt: skip
         room = max(0.03, 0.2 * (max(values) - min(values)))
         plot.set_ylim(max(-0.02, min(values) - room), min(1.05, max(values) + room))
-        plot.set_xlabel("step")
+        _step_axis(plot)
         plot.set_ylabel("accuracy")
         plot.margins(x=0.06)
         plot.legend(fontsize=8, loc="best")
