@@ -60,7 +60,8 @@ class Comparison:
     Attributes:
         teacher: of the recorded samples that are used; questions without one of its samples go to the test split.
         valid: share of the training questions that the validation split takes.
-        rates: learning rates that each method is tried with.
+        methods: settings by the names that the table has.
+        rates: learning rates that each method is tried with; with a single one nothing is tuned.
         settings: beyond `config`, the same for all methods.
         tuning: beyond those, of the runs that a learning rate is chosen by.
     """
@@ -68,7 +69,7 @@ class Comparison:
     task: str
     teacher: str
     valid: float
-    methods: tuple[str, ...]
+    methods: Mapping[str, Mapping[str, Any]]
     rates: tuple[float, ...]
     config: str
     settings: tuple[str, ...]
@@ -92,17 +93,33 @@ SMOLLM2 = (
     "train.precision=fp32", "sampler.precision=fp32", "sampler.kv_cache_gib=0.6", *TWO_AT_ONCE,
 )  # fmt: skip
 
+METHODS_OF_ALL = {method: {"method": method} for method in ("finetune", "dss", "qcrd")}
+
+TAUGHT = {
+    "judge.encoder": "embedded:minilm-l6", "judge.lr": 1e-4, "judge.pretrain_steps": 50, "loss.judge_decay": 1.0,
+}  # fmt: skip
+"""A pretrained judge that goes on learning at its full rate: with α₃ 0.9^t, all its updates count for ten."""
+
 COMPARISONS = {
     "svamp": Comparison(
-        "svamp", "gpt35turbo-mcckd", 0.12, ("finetune", "dss", "qcrd"), (5e-5, 2e-4), "smollm2_135m.yaml", SMOLLM2,
+        "svamp", "gpt35turbo-mcckd", 0.12, METHODS_OF_ALL, (5e-5, 2e-4), "smollm2_135m.yaml", SMOLLM2,
         ("train.max_steps=20",),
     ),
     "esnli": Comparison(
-        "esnli", "palm540b", 0.05, ("finetune", "dss", "qcrd"), (1e-3, 3e-3), "tiny.yaml", SCRATCH,
+        "esnli", "palm540b", 0.05, METHODS_OF_ALL, (1e-3, 3e-3), "tiny.yaml", SCRATCH,
         ("train.max_steps=400",),
     ),
+    "esnli_judge": Comparison(
+        "esnli", "palm540b", 0.05,
+        {
+            "dss": {"method": "dss"},
+            "qcrd without judge": {"method": "qcrd", "judge.enabled": False},
+            "qcrd, judge taught": {"method": "qcrd", **TAUGHT},
+        },
+        (1e-3,), "tiny.yaml", (*SCRATCH, "train.iteration_steps=10", "negatives.lag=20"), (),
+    ),
     "cqa": Comparison(
-        "cqa", "palm540b", 0.05, ("finetune", "dss", "qcrd"), (5e-5, 2e-4), "smollm2_135m.yaml",
+        "cqa", "palm540b", 0.05, METHODS_OF_ALL, (5e-5, 2e-4), "smollm2_135m.yaml",
         (*SMOLLM2, "data.eval_limit=200"), ("train.max_steps=20",),
     ),
 }  # fmt: skip
@@ -138,14 +155,16 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     ]  # fmt: skip
     base = load_config(file, [*settings, *arguments.overrides])
     brief = load_config(file, [*settings, *comparison.tuning, *arguments.overrides])
-    tuned = Axis("method", "method and learning rate", tuple(_choices(comparison.methods, comparison.rates)))
     pieces = arguments.pieces or arguments.output
-    tuning = all_trials(brief, tuned, {TUNING_SEED: pieces / f"{name}-tuning.json"})
+    tuning: list[dict[str, Any]] = []
+    if len(comparison.rates) > 1:
+        tuned = Axis("method", "method and learning rate", tuple(_choices(comparison)))
+        tuning = all_trials(brief, tuned, {TUNING_SEED: pieces / f"{name}-tuning.json"})
     rates = {
-        method: max(comparison.rates, key=lambda rate: _valid(tuning, _label(method, rate)))
+        method: max(comparison.rates, key=lambda rate: _valid(tuning, _label(method, rate)) if tuning else rate)
         for method in comparison.methods
     }
-    chosen = Axis("method", "method", tuple(Choice(m, {"method": m, "optim.lr": rates[m]}) for m in rates))
+    chosen = Axis("method", "method", tuple(Choice(m, {**comparison.methods[m], "optim.lr": rates[m]}) for m in rates))
     seeds = range(base.train.seed, base.train.seed + arguments.seeds)
     trials = all_trials(base, chosen, {seed: pieces / f"{name}-seed-{seed}.json" for seed in seeds})
     used = {trial.get("used", counts["train"]) for trial in trials}
@@ -179,10 +198,10 @@ def shown(config: ExperimentConfig) -> ExperimentConfig:
     return config.model_copy(update={"run": type(config.run)(), "data": data})
 
 
-def _choices(methods: Sequence[str], rates: Sequence[float]) -> Iterator[Choice]:
-    for method in methods:
-        for rate in rates:
-            yield Choice(_label(method, rate), {"method": method, "optim.lr": rate})
+def _choices(comparison: Comparison) -> Iterator[Choice]:
+    for method, settings in comparison.methods.items():
+        for rate in comparison.rates:
+            yield Choice(_label(method, rate), {**settings, "optim.lr": rate})
 
 
 def _label(method: str, rate: float) -> str:
@@ -388,8 +407,8 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"\nMeans over the last {LAST_STEPS} steps:\n\n| method | {' | '.join(LAST)} |"
     yield "|---" * (len(LAST) + 1) + "|"
     for method in found["rates"]:
-        own = [row["last"] for row in found["trials"] if row["labels"]["method"] == method]
-        means = [[last[key] for last in own if key in last and _takes(method, key)] for key in LAST]
+        own = [row for row in found["trials"] if row["labels"]["method"] == method]
+        means = [[row["last"][key] for row in own if key in row["last"] and _takes(row, key)] for key in LAST]
         yield f"| {method} | {' | '.join(f'{np.mean(m):.3f}' if m else '' for m in means)} |"
     judged = [row for row in found["trials"] if row.get("judge")]
     if judged:
@@ -404,9 +423,9 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {row['a']} − {row['b']} | {row['difference']:+.3f} ± {row['half']:.3f} | {row['p']:.3f} |"
 
 
-def _takes(method: str, key: str) -> bool:
-    """Whether a term is one of the method's loss; the others are recorded as 0."""
-    rationales = METHODS[method].rationales
+def _takes(trial: Mapping[str, Any], key: str) -> bool:
+    """Whether a term is one of its method's loss; the others are recorded as 0."""
+    rationales = METHODS[trial["settings"]["method"]].rationales
     takes = {"loss_positive": rationales is not no_rationales, "loss_negative": rationales is contrasted_rationales}
     return takes.get(key, True)
 
