@@ -1,12 +1,15 @@
 """The paper's other tables on generated sums: what each choice of the method does to a student's accuracy.
 
-    python benchmarks/paper_tables.py [--only SPACE ...] [--seeds N] [--output runs/paper_tables] [key=value ...]
+    python benchmarks/paper_tables.py [--only SPACE ...] [--seeds N] [--output runs/paper_tables] [--pieces FOLDER]
+        [key=value ...]
 
 The spaces are those of `tune/sweep.py`. The teacher is the scripted one, which is simulated: it explains its sums, and
 about a third of its samples are wrong. The student is the SmolLM2-135M of `quickstart.yaml`. So the tables say what the
 parts of the method do where the teacher is noisy, and nothing of any benchmark.
 
-Whatever ends it, the same command goes on. `OUTPUT/SPACE.json` holds what `docs/results.md` shows.
+Whatever ends it, the same command goes on, with `--pieces` also where the runs are not. `OUTPUT/SPACE.json` holds what
+`docs/results.md` shows: means over seeds with 95 % intervals by Student's t, and the paired difference of each point to
+the default: of the two means of a question over seeds, its interval over questions, and the p of a sign-flip test.
 """
 
 from __future__ import annotations
@@ -16,15 +19,14 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from pieces import all_trials, paired, right_answers, shown
+
 from qcrd_ray.config import ExperimentConfig, config_to_yaml, load_config
 from qcrd_ray.run_folder import write_text_atomic
-from qcrd_ray.sweeps.driver import sweep
-from qcrd_ray.sweeps.plan import Plan
-from qcrd_ray.sweeps.settings import SweepSettings
 from qcrd_ray.sweeps.space import Axis, Choice, Point, Space
 from qcrd_ray.sweeps.summary import TrialRow, summarise
 
@@ -34,13 +36,15 @@ sys.path.insert(0, str(ROOT / "tune"))
 from search_spaces import SPACES  # noqa: E402
 
 NAMES = (
-    "methods", "labels", "ablations_all", "schemes", "negative_source", "positives_m", "negatives_k", "temperature",
-    "data_share",
+    "methods", "ablations", "schemes", "negative_source", "labels", "negatives_k", "positives_m", "temperature",
+    "data_share", "ablations_all",
 )  # fmt: skip
 SETTINGS = (
-    "data.generated.test=300", "train.max_steps=48", "train.checkpoint_interval=24", "evaluation.observed=0",
+    "data.generated.test=300", "train.max_steps=32", "train.iteration_steps=2", "negatives.lag=5",
+    "train.checkpoint_interval=32", "evaluation.observed=0", "train.precision=fp32", "sampler.precision=fp32",
     "train.threads=1", "sampler.threads=1", "train.cpus_per_worker=0.6", "sampler.cpus=0.1", "sampler.kv_cache_gib=0.5",
 )  # fmt: skip
+"""Sixteen iterations, so that lags of 3, 5 and 10 differ; two runs at once on two cores."""
 
 
 def main() -> None:
@@ -48,6 +52,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("runs/paper_tables"))
+    parser.add_argument(
+        "--pieces",
+        type=Path,
+        help="where trials that have ended are kept, and found by a later start; default: --output",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -57,41 +66,57 @@ def main() -> None:
 
 
 def tables(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One sweep over the points of all tables, each once, whatever tables it is in; what it says of each table."""
+    """What the trials of the points of these tables say of each, every point run once, whatever tables it is in."""
     base = load_config(
         ROOT / "jobs" / "configs" / "quickstart.yaml",
         [*SETTINGS, f"run.storage_path={arguments.output.absolute()}", *arguments.overrides],
     )
-    spaces = {name: Space(SPACES[name]) for name in names}
+    spaces = {name: Space(SPACES[name]) for name in NAMES}
     choices: dict[str, Choice] = {}
     for name, space in spaces.items():
         for point in space.grid():
             choices.setdefault(
                 identity(base, point), Choice(f"{name}, {point}", point.settings, pretrained=point.pretrained)
             )
-    settings = SweepSettings(name="+".join(names), seeds=arguments.seeds)
-    union = Space((Axis("point", "a point of any table", tuple(choices.values())),))
-    result = sweep(settings, base, union)
-    if result["failures"]:
-        raise SystemExit(f"error: {result['failures'][0]['trial']}: {result['failures'][0]['reason']}")
-    by_label: dict[str, list[TrialRow]] = {}
-    for row in Plan(settings, base, union).rows():
-        by_label.setdefault(row.labels["point"], []).append(row)
-    for name, space in spaces.items():
-        points, default = space.grid(), space.default(base)
+    labels = {
+        name: {str(point): choices[identity(base, point)].label for point in spaces[name].grid()} for name in names
+    }
+    pieces = arguments.pieces or arguments.output
+    seeds = range(base.train.seed, base.train.seed + arguments.seeds)
+    trials = all_trials(
+        base,
+        Axis("point", "a point of any table", tuple(choices.values())),
+        {seed: pieces / f"tables-seed-{seed}.json" for seed in seeds},
+        {label for of_points in labels.values() for label in of_points.values()},
+    )
+    by_label: dict[str, list[dict[str, Any]]] = {}
+    for trial in trials:
+        by_label.setdefault(trial["labels"]["point"], []).append(trial)
+    overrides = " ".join(["--seeds", str(arguments.seeds), *arguments.overrides])
+    for name in names:
+        points, default = spaces[name].grid(), spaces[name].default(base)
+        of_point = {str(point): by_label[labels[name][str(point)]] for point in points}
         rows = [
-            replace(row, point=str(point), labels=point.labels)
+            TrialRow(**{field.name: trial[field.name] for field in fields(TrialRow)})
             for point in points
-            for row in by_label[choices[identity(base, point)].label]
+            for trial in of_point[str(point)]
         ]
+        named = iter(point for point in points for _ in seeds)
+        rows = [replace(row, point=str(point), labels=point.labels) for row, point in zip(rows, named, strict=True)]
+        answers = {point: right_answers(of_trials) for point, of_trials in of_point.items()}
         yield {
             "name": name,
             "source": SPACES[name][0].source,
             "title": " × ".join(axis.title for axis in SPACES[name]),
-            "command": " ".join(["python", "benchmarks/paper_tables.py", *sys.argv[1:]]),
-            "config": config_to_yaml(base.model_copy(update={"run": type(base.run)()})),
-            "default": default.labels if default else None,
+            "command": f"python benchmarks/paper_tables.py --only {name} {overrides}",
+            "config": config_to_yaml(shown(base)),
+            "default": str(default) if default else None,
             "points": [asdict(point) for point in summarise(points, rows, default)],
+            "differences": {
+                point: paired(answers[point], answers[str(default)])
+                for point in answers
+                if default and point != str(default)
+            },
             "trials": [asdict(row) for row in rows],
         }
 
@@ -107,26 +132,28 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
     """The table, in Markdown."""
     axes = list(found["points"][0]["labels"])
     yield f"{found['title']} ({found['source']})\n"
-    columns = ["test accuracy, 95 % over seeds", "difference", "teacher's samples right", "votes right"]
-    yield f"| {' | '.join([*axes, *columns])} | active negatives | s a run |"
-    yield "|---" * (len(axes) + 6) + "|"
+    columns = [
+        *axes, "test accuracy, 95 % over seeds", "difference, 95 % over questions", "p", "teacher's samples right",
+        "votes right", "active negatives", "s a run",
+    ]  # fmt: skip
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
     for point in found["points"]:
         own = [row for row in found["trials"] if row["point"] == point["point"] and row["accuracy"] is not None]
         labels = [point["labels"][axis] for axis in axes]
         half = "" if point["low"] is None else f" ± {(point['high'] - point['low']) / 2:.3f}"
         active = [row["active_fraction"] for row in own if row["negatives_used"]]
         teacher = [[row[key] for row in own if row[key] is not None] for key in ("teacher_accuracy", "vote_accuracy")]
-        right = [_mean(values, ".3f") for values in teacher]
-        cells = [*labels, f"{point['mean']:.3f}{half}", _difference(point), *right, _mean(active, ".2f")]
-        yield f"| {' | '.join(cells)} | {_mean([row['seconds'] for row in own], '.0f')} |"
+        cells = [
+            *labels, f"{point['mean']:.3f}{half}", *_difference(found["differences"].get(point["point"])),
+            *(_mean(values, ".3f") for values in teacher), _mean(active, ".2f"),
+            _mean([row["seconds"] for row in own], ".0f"),
+        ]  # fmt: skip
+        yield f"| {' | '.join(cells)} |"
 
 
-def _difference(point: Mapping[str, Any]) -> str:
-    if point["difference"] is None:
-        return ""
-    if point["difference_interval"] is None:
-        return f"{point['difference']:+.3f}"
-    return f"{point['difference']:+.3f} ± {point['difference_interval']:.3f}"
+def _difference(found: Mapping[str, float] | None) -> tuple[str, str]:
+    return (f"{found['difference']:+.3f} ± {found['half']:.3f}", f"{found['p']:.3f}") if found else ("", "")
 
 
 def _mean(values: list[float], form: str) -> str:
