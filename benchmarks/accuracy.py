@@ -110,8 +110,7 @@ COMPARISONS = {
         (1e-3,), "tiny.yaml", (*SCRATCH, "train.iteration_steps=10", "negatives.lag=20"), (),
     ),
     "cqa": Comparison(
-        "cqa", "palm540b", 0.05, METHODS_OF_ALL, (5e-5, 2e-4), "smollm2_135m.yaml",
-        (*SMOLLM2, "data.eval_limit=200"), ("train.max_steps=20",),
+        "cqa", "palm540b", 0.05, METHODS_OF_ALL, (1e-4,), "smollm2_135m.yaml", (*SMOLLM2, "data.eval_limit=200"), (),
     ),
 }  # fmt: skip
 """CommonsenseQA takes a student that knows English: one from scratch writes the same word for every question."""

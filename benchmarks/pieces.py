@@ -34,8 +34,8 @@ LAST = ("loss_label", "loss_positive", "loss_negative", "active_fraction", "scor
 
 def shown(config: ExperimentConfig) -> ExperimentConfig:
     """Without the folders of the machine that it ran on."""
-    own = config.data.path.startswith("generated:")
-    data = config.data if own else config.data.model_copy(update={"path": f"DATA/{config.task}"})
+    generated = (config.data.path or "").startswith("generated:")
+    data = config.data if generated else config.data.model_copy(update={"path": f"DATA/{config.task}"})
     return config.model_copy(update={"run": type(config.run)(), "data": data})
 
 
