@@ -56,14 +56,24 @@ class Progress:
         if not before:
             self._print(f"step {entry['step']}: accuracy {entry['accuracy']:.3f} on {entry['n']} of {entry['split']}")
 
+    def _show_judge(self, record: dict[str, Any]) -> None:
+        scores = [record[f"judge_pretrain_{side}_score"] for side in ("positive", "negative")]
+        if None in scores:
+            self._print("judge not pretrained: no question has a positive and a negative")
+            return
+        steps, (positive, negative) = record["judge_pretrained_steps"], scores
+        self._print(
+            f"judge pretrained for {steps} steps: mean score {positive:.2f} of positives, {negative:.2f} of negatives"
+        )
+        if record.get("judge_scores_alike"):
+            self._print(
+                "its scores are alike, so they weigh nothing: try more judge.pretrain_steps or another judge.lr"
+            )
+
     def _show(self, record: dict[str, Any]) -> None:
         window = self.window
         if "judge_pretrained_steps" in record:
-            self._print(
-                f"judge pretrained for {record['judge_pretrained_steps']} steps: mean score "
-                f"{record['judge_pretrain_positive_score']:.2f} of positives, "
-                f"{record['judge_pretrain_negative_score']:.2f} of negatives"
-            )
+            self._show_judge(record)
         if "step" not in record:
             return
         window.append(record)

@@ -239,6 +239,7 @@ def _pretrain(spec: WorkerSpec, judge: OnlineJudge, metrics: Metrics, rank: int)
             "judge_pretrain_loss": update.loss,
             "judge_pretrain_positive_score": update.positive_score,
             "judge_pretrain_negative_score": update.negative_score,
+            "judge_scores_alike": update.scores_alike,
             "seconds": time.perf_counter() - begin,
         }
         metrics.add(_finite(record))
@@ -254,13 +255,6 @@ def _pretrain(spec: WorkerSpec, judge: OnlineJudge, metrics: Metrics, rank: int)
             update.positive_score,
             update.negative_score,
         )
-        if judge.pretrained_steps and update.scores_alike:
-            logger.warning(
-                "the judge does not tell positives from negatives, so its scores weigh nothing; more "
-                "judge.pretrain_steps (now %d) or another judge.lr (now %g) may teach it to",
-                config.judge.pretrain_steps,
-                config.judge.lr,
-            )
 
 
 def _wants_snapshot(config: ExperimentConfig, schedule: Schedule, iteration: int) -> bool:
