@@ -5,8 +5,9 @@
 
 FOLDER holds the benchmark data: `svamp`, `cqa`, `esnli`, each with `train.jsonl` and `valid.jsonl`. A comparison begins
 with a sweep that trains every method once with every learning rate, for half the steps, from a seed of its own; the
-rate that is best on the validation split is the method's. Then a sweep over N seeds trains every method with its rate.
-The student that is reported is the best of its run on the validation split, scored on the test split.
+rate that is best on the validation split is the method's. With one rate alone nothing is tuned. Then a sweep over N
+seeds trains every method with its rate. The student that is reported is the best of its run on the validation split,
+scored on the test split.
 
 No split of the benchmark was chosen by: FOLDER's `valid.jsonl` is the test split here, and a validation split is taken
 from `train.jsonl` by a hash of the ids. Of SVAMP, questions that this teacher was never asked train nothing in any
@@ -89,7 +90,7 @@ METHODS_OF_ALL = {method: {"method": method} for method in ("finetune", "dss", "
 TAUGHT = {
     "judge.encoder": "embedded:minilm-l6", "judge.lr": 1e-4, "judge.pretrain_steps": 50, "loss.judge_decay": 1.0,
 }  # fmt: skip
-"""A pretrained judge that goes on learning at its full rate: with α₃ 0.9^t, all its updates count for ten."""
+"""A pretrained judge that goes on learning: by 0.9^t all its updates together would count for ten of the first."""
 
 COMPARISONS = {
     "svamp": Comparison(

@@ -19,7 +19,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +96,7 @@ def tables(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[dict
     for name in names:
         points, default = spaces[name].grid(), spaces[name].default(base)
         of_point = {str(point): by_label[labels[name][str(point)]] for point in points}
-        rows = [
-            TrialRow(**{field.name: trial[field.name] for field in fields(TrialRow)})
-            for point in points
-            for trial in of_point[str(point)]
-        ]
-        named = iter(point for point in points for _ in seeds)
-        rows = [replace(row, point=str(point), labels=point.labels) for row, point in zip(rows, named, strict=True)]
+        rows = [_row(trial, point) for point in points for trial in of_point[str(point)]]
         answers = {point: right_answers(of_trials) for point, of_trials in of_point.items()}
         yield {
             "name": name,
@@ -119,6 +113,12 @@ def tables(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[dict
             },
             "trials": [asdict(row) for row in rows],
         }
+
+
+def _row(trial: Mapping[str, Any], point: Point) -> TrialRow:
+    """A trial as one of this point, whatever table it was run for."""
+    own = {field.name: trial[field.name] for field in fields(TrialRow)}
+    return TrialRow(**own | {"point": str(point), "labels": point.labels})
 
 
 def identity(base: ExperimentConfig, point: Point) -> str:

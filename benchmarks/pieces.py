@@ -44,7 +44,7 @@ class Piece:
 
     Attributes:
         base: the config of all trials.
-        trials: by the labels of their choices: a sweep's row, with `settings`, `last` and `answers`.
+        trials: by the labels of their choices: a sweep's row, with `settings`, `used`, `last`, `judge` and `answers`.
     """
 
     def __init__(self, base: ExperimentConfig, axis: Axis, seed: int, file: Path) -> None:
@@ -125,14 +125,13 @@ def _sweep(pieces: Sequence[Piece], choices: tuple[Choice, ...]) -> None:
         settings = {choice.label: dict(choice.settings) for choice in choices}
         for row in rows:
             label, run = row.labels[axis.name], plan.run(row.trial)
-            more = {
+            pieces[row.seed - first.seed].trials[label] = vars(row) | {
                 "settings": settings[label],
                 "used": _used(run),
                 "last": last_steps(run),
                 "judge": judge_scores(run),
+                "answers": _answers(run),
             }
-            more["answers"] = _answers(run)
-            pieces[row.seed - first.seed].trials[label] = vars(row) | more
         for piece in pieces:
             piece.write()
     failed = len(pieces) * len(choices) - len(rows)

@@ -57,14 +57,16 @@ class Progress:
             self._print(f"step {entry['step']}: accuracy {entry['accuracy']:.3f} on {entry['n']} of {entry['split']}")
 
     def _show_judge(self, record: dict[str, Any]) -> None:
-        scores = [record[f"judge_pretrain_{side}_score"] for side in ("positive", "negative")]
-        if None in scores:
-            self._print("judge not pretrained: no question has a positive and a negative")
+        steps = record["judge_pretrained_steps"]
+        if not steps:
+            self._print(
+                "judge not pretrained: no question has a positive and a negative (no minority of a vote, and "
+                f"judge.augmentation={self.config.judge.augmentation})"
+            )
             return
-        steps, (positive, negative) = record["judge_pretrained_steps"], scores
-        self._print(
-            f"judge pretrained for {steps} steps: mean score {positive:.2f} of positives, {negative:.2f} of negatives"
-        )
+        sides = ((side, record[f"judge_pretrain_{side}_score"]) for side in ("positive", "negative"))
+        scores = ", ".join(f"{score:.2f} of {side}s" for side, score in sides if score is not None)
+        self._print(f"judge pretrained for {steps} steps" + (f": mean score {scores}" if scores else ""))
         if record.get("judge_scores_alike"):
             self._print(
                 "its scores are alike, so they weigh nothing: try more judge.pretrain_steps or another judge.lr"

@@ -243,18 +243,6 @@ def _pretrain(spec: WorkerSpec, judge: OnlineJudge, metrics: Metrics, rank: int)
             "seconds": time.perf_counter() - begin,
         }
         metrics.add(_finite(record))
-        if config.judge.pretrain_steps and not judge.pretrained_steps:
-            logger.warning(
-                "the judge is not pretrained: no question has a positive and a negative (no minority of a vote, and "
-                "judge.augmentation=%s)",
-                config.judge.augmentation,
-            )
-        logger.info(
-            "judge pretrained for %d steps: mean score %.2f of positives, %.2f of negatives",
-            judge.pretrained_steps,
-            update.positive_score,
-            update.negative_score,
-        )
 
 
 def _wants_snapshot(config: ExperimentConfig, schedule: Schedule, iteration: int) -> bool:
