@@ -111,7 +111,8 @@ COMPARISONS = {
         (1e-3,), "tiny.yaml", (*SCRATCH, "train.iteration_steps=10", "negatives.lag=20"), (),
     ),
     "cqa": Comparison(
-        "cqa", "palm540b", 0.05, METHODS_OF_ALL, (1e-4,), "smollm2_135m.yaml", (*SMOLLM2, "data.eval_limit=200"), (),
+        "cqa", "palm540b", 0.05, METHODS_OF_ALL, (1e-4,), "smollm2_135m.yaml",
+        (*SMOLLM2, "data.eval_limit=200", "train.precision=bf16", "sampler.precision=bf16"), (),
     ),
 }  # fmt: skip
 """CommonsenseQA takes a student that knows English: one from scratch writes the same word for every question."""

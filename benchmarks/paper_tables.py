@@ -41,7 +41,7 @@ NAMES = (
 )  # fmt: skip
 SETTINGS = (
     "data.generated.test=300", "train.max_steps=32", "train.iteration_steps=2", "negatives.lag=5",
-    "train.checkpoint_interval=32", "evaluation.observed=0", "train.precision=fp32", "sampler.precision=fp32",
+    "train.checkpoint_interval=32", "evaluation.observed=0", "train.precision=bf16", "sampler.precision=bf16",
     "train.threads=1", "sampler.threads=1", "train.cpus_per_worker=0.6", "sampler.cpus=0.1", "sampler.kv_cache_gib=0.5",
 )  # fmt: skip
 """Sixteen iterations, so that lags of 3, 5 and 10 differ; two runs at once on two cores."""
