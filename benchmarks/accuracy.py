@@ -165,6 +165,8 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             f"error: {pieces}: trials of {sorted(used)} training questions do not compare; remove {name}-*"
         )
     counts["train"] = used.pop()
+    if base.data.eval_limit is not None:
+        counts |= {name: min(counts[name], base.data.eval_limit) for name in ("valid", "test")}
     answers = {
         method: right_answers(row for row in trials if row["labels"]["method"] == method)
         for method in comparison.methods
