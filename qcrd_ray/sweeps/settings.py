@@ -34,6 +34,9 @@ class SweepSettings(Section):
     max_failures: NonNegative = Field(
         2, description="Times a trial is started again from its checkpoint before it counts as failed."
     )
+    keep_checkpoints: bool = Field(
+        False, description="Keep checkpoints and snapshots of trials that have finished, beside their students."
+    )
 
     @field_validator("name")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,8 +11,10 @@ import ray
 
 from qcrd_ray.config import ExperimentConfig, config_from_dict
 from qcrd_ray.errors import Stopped, UserError, find_user_error
-from qcrd_ray.run_folder import EVALUATIONS_SUMMARY, METRICS, RunFolder
+from qcrd_ray.run_folder import CHECKPOINTS, EVALUATIONS_SUMMARY, METRICS, SNAPSHOTS, RunFolder
 from qcrd_ray.training.stopping import Stop
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS, REMOTE_POLL_SECONDS = 1.0, 5.0
 JUDGE_READY = "judge_ready"
@@ -45,7 +48,8 @@ def run_trial(settings: dict[str, Any]) -> None:
     and Tune starts the trial again.
 
     Args:
-        settings: `trial`, its name; `config`, a whole config as a mapping; `flag`, the handle of the sweep's StopFlag.
+        settings: `trial`, its name; `config`, a whole config as a mapping; `flag`, the handle of the sweep's StopFlag;
+            `keep_checkpoints`, those of a trial that has finished too.
     """
     from ray import tune
 
@@ -69,7 +73,18 @@ def run_trial(settings: dict[str, Any]) -> None:
     outcome = training.outcome()
     if outcome["status"] == INTERRUPTED and asked == STOPPED:
         outcome = {**last, "status": STOPPED}
+    if outcome["status"] == FINISHED and not settings["keep_checkpoints"]:
+        remove_checkpoints(run)
     tune.report(outcome)
+
+
+def remove_checkpoints(run: RunFolder) -> None:
+    """Remove what only a training that goes on would need; the student that a finished run reports is in `student/`."""
+    for name in (CHECKPOINTS, SNAPSHOTS):
+        try:
+            run.remove(name)
+        except UserError as error:
+            logger.warning("not removed: %s", error)
 
 
 class _Training(threading.Thread):

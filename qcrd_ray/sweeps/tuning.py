@@ -47,6 +47,7 @@ def run_trials(plan: Plan, stop: Stop) -> None:
             "trial": trial.name,
             "config": plan.launched(trial).model_dump(mode="json"),
             "flag": flag,
+            "keep_checkpoints": settings.keep_checkpoints,
             "compared": trial.point is not None,
         }
 

@@ -84,6 +84,9 @@ def test_a_sweep_that_is_killed_goes_on_and_nothing_is_done_twice(questions: Pat
     [figure] = folder.glob("figures/*")
     assert figure.name == "accuracy-over-count.svg"
     assert "count-2" in (folder / "report.html").read_text()
+    # What only a training that goes on would need is not kept.
+    assert len(list(folder.glob("trials/*/student/model.safetensors"))) == 2
+    assert not [*folder.glob("trials/*/checkpoints"), *folder.glob("trials/*/snapshots")]
 
     # What is complete is not run again; another config is no part of it.
     with sweep_of(tmp_path / "third.log", *arguments) as third:
@@ -103,6 +106,7 @@ def test_a_stop_leaves_checkpoints_a_trial_that_dies_goes_on_and_one_that_fails_
         # The second one's engine can never be as near to the trainer as it is asked to be.
         *("--space", "sampler.verify_tolerance=[1.0, 1.0e-12]", "name=f", f"run.storage_path={tmp_path}"),
         *("train.max_steps=40", "train.checkpoint_interval=30", "evaluation.examples=0", "judge.enabled=false"),
+        "keep_checkpoints=true",
     )
     folder = tmp_path / "f"
     with sweep_of(tmp_path / "stopped.log", *arguments) as sweep:
@@ -129,6 +133,8 @@ def test_a_stop_leaves_checkpoints_a_trial_that_dies_goes_on_and_one_that_fails_
     rows = {row["trial"]: row for row in pq.read_table(folder / "trials.parquet").to_pylist()}
     assert rows[failure["trial"]]["reason"] == failure["reason"]
     [finished] = folder.glob("trials/*/result.json")
+    assert list(finished.parent.glob("checkpoints/*/manifest.json"))
+    assert list(finished.parent.glob("snapshots/*/manifest.json"))
     assert json.loads(finished.read_text())["resumed_from_step"] in (step, 30)
 
 
