@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pieces import LAST, LAST_STEPS, all_trials, paired, right_answers, shown
+from pieces import LAST, LAST_STEPS, all_trials, p_value, paired, right_answers, shown
 
 from qcrd_ray.config import config_to_yaml, load_config
 from qcrd_ray.run_folder import write_text_atomic
@@ -262,7 +262,7 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"| {row['labels']['method']}, seed {row['seed']} | {' | '.join(shown)} |"
     yield "\n| | difference, 95 % over questions | p |\n|---|---|---|"
     for row in found["pairs"]:
-        yield f"| {row['a']} − {row['b']} | {row['difference']:+.3f} ± {row['half']:.3f} | {row['p']:.3f} |"
+        yield f"| {row['a']} − {row['b']} | {row['difference']:+.3f} ± {row['half']:.3f} | {p_value(row['p'])} |"
 
 
 def _takes(trial: Mapping[str, Any], key: str) -> bool:

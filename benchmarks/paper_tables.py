@@ -23,7 +23,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from pieces import all_trials, paired, right_answers, shown
+from pieces import all_trials, p_value, paired, right_answers, shown
 
 from qcrd_ray.config import ExperimentConfig, config_to_yaml, load_config
 from qcrd_ray.run_folder import write_text_atomic
@@ -153,7 +153,7 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _difference(found: Mapping[str, float] | None) -> tuple[str, str]:
-    return (f"{found['difference']:+.3f} ± {found['half']:.3f}", f"{found['p']:.3f}") if found else ("", "")
+    return (f"{found['difference']:+.3f} ± {found['half']:.3f}", p_value(found["p"])) if found else ("", "")
 
 
 def _mean(values: list[float], form: str) -> str:

@@ -184,6 +184,11 @@ def _answers(run: RunFolder) -> dict[str, int]:
     return {key: int(correct) for key, (_, correct) in found.items()}
 
 
+def p_value(p: float) -> str:
+    """As a table shows it: what rounds to 0 is not 0."""
+    return f"{p:.3f}" if p >= 0.0005 else "< 0.001"
+
+
 def right_answers(trials: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """For each test question the share of the trials that answer it."""
     of_trials = [trial["answers"] for trial in trials]
