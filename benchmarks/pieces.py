@@ -65,7 +65,9 @@ class Piece:
         return [self.trials[choice.label] for choice in self.axis.choices if choice.label in self.trials]
 
     def write(self) -> None:
-        write_text_atomic(self.file, json.dumps({"config": self.config, "trials": self.rows()}, indent=1) + "\n")
+        """A line for each trial."""
+        trials = ",\n".join(json.dumps(row) for row in self.rows())
+        write_text_atomic(self.file, f'{{"config": {json.dumps(self.config)},\n"trials": [\n{trials}\n]}}\n')
 
 
 def _as_now(text: str) -> str:
