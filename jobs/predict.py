@@ -22,10 +22,12 @@ from qcrd_ray.cli import run_filter
 from qcrd_ray.config import PredictionConfig, section_lines
 from qcrd_ray.errors import UserError
 
+STANDARD_OUTPUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
+        raise UserError(f"{message}; see --help (a question that begins with a dash goes behind --)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--file", type=Path, help="questions: .jsonl, .csv, .parquet, or a question a line")
     made.add_argument("--format", choices=("auto", "jsonl", "lines"), default="auto", help="of lines; default auto")
     made.add_argument(
-        "--output", type=Path, metavar="FILE", help="write there, once all is done; default: standard output"
+        "--output", type=Path, metavar="FILE", help="write there, once all is done; default, and -: standard output"
     )
     made.add_argument("--no-rationale", action="store_true", help="labels alone")
     made.add_argument("--skip-bad", action="store_true", help='answer a bad input {"error": …} instead of ending there')
@@ -51,7 +53,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def prepare() -> Callable[[TextIO], None]:
-    arguments = parser().parse_intermixed_args()
+    options_given, behind = sys.argv[1:], []
+    if "--" in options_given:
+        place = options_given.index("--")
+        options_given, behind = options_given[:place], options_given[place + 1 :]
+    arguments = parser().parse_intermixed_args(options_given)
+    arguments.question += behind
+    if str(arguments.output) in STANDARD_OUTPUT:
+        arguments.output = None
     given = {name: value for name in PredictionConfig.model_fields if (value := getattr(arguments, name)) is not None}
     try:
         options = PredictionConfig.model_validate(given)

@@ -138,8 +138,16 @@ class EndpointConfig(Section):
     price_input: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Price of a million prompt tokens.")
     price_output: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Price of a million generated tokens.")
     budget: Annotated[float, Field(gt=0.0)] | None = Field(
-        None, description="Cost at which sampling stops, that of the samples already there among it. Default: none."
+        None,
+        description="Cost at which sampling stops, that of the samples already there among it (of the judge: of this "
+        "start). Needs a price. Default: none.",
     )
+
+    @model_validator(mode="after")
+    def _has_a_price(self) -> EndpointConfig:
+        if self.budget is not None and not self.price_input and not self.price_output:
+            raise ValueError("budget needs what tokens cost: set price_input and price_output, per million tokens")
+        return self
 
 
 class TeacherConfig(Section):
@@ -417,7 +425,7 @@ class PredictionConfig(Section):
     )
     threads: Positive | None = Field(None, description="CPU threads; default: all cores")
     linger_s: Annotated[float, Field(ge=0.0)] = Field(
-        0.2, description="seconds without a new line of a pipe after which an unfull batch is answered"
+        0.2, description="seconds that the first line of a pipe's batch waits for more"
     )
 
 

@@ -5,6 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+_ESCAPED = {
+    code: f"\\u{code:04x}"
+    for code in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
+
+
+def printable(text: str) -> str:
+    """One line of valid Unicode: white space is a blank, what a terminal acts on or nothing can encode an escape."""
+    return " ".join(text.split()).translate(_ESCAPED).encode("utf-8", "backslashreplace").decode("utf-8")
+
 
 class UserError(Exception):
     """Input, config or environment that a user can mend.
@@ -14,14 +24,14 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(message))
 
 
 class TooManyFailures(Exception):
     """A job that did what it could, with more failures than the config allows. It has a result and exit code 1."""
 
     def __init__(self, message: str, result: Mapping[str, Any]) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(message))
         self.result = result
 
 

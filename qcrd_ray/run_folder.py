@@ -389,6 +389,25 @@ def write_text_atomic(path: Path, text: str) -> None:
     write_bytes_atomic(path, text.encode("utf-8"))
 
 
+def writable_folder(folder: str | Path, key: str) -> Path:
+    """A folder of the user's, made where it is not there.
+
+    Args:
+        key: of the config, that names it.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"config key {key}: {path} is no folder that can be written to: {error.strerror}") from None
+    return path
+
+
 @contextmanager
 def text_file_atomic(path: Path) -> Iterator[TextIO]:
     """A file to write, which is there once the block ends well. A device or a pipe is written as it is.
@@ -397,7 +416,8 @@ def text_file_atomic(path: Path) -> Iterator[TextIO]:
         UserError: it cannot be written there.
     """
     path = path.expanduser()
-    direct = path.exists() and not path.is_file()
+    direct = path.exists() and (not path.is_file() or path.parts[1:2] in (("dev",), ("proc",)))
+    path = path if direct else path.resolve()  # the file that a link names, not the link, is replaced
     temporary = path if direct else path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         file = temporary.open("w", encoding="utf-8")

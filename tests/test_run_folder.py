@@ -16,7 +16,15 @@ import pytest
 import qcrd_ray.run_lock as run_lock
 from qcrd_ray.config import load_config
 from qcrd_ray.errors import UserError
-from qcrd_ray.run_folder import MANIFEST, METRICS, DamagedFolder, Metrics, RunFolder
+from qcrd_ray.run_folder import (
+    MANIFEST,
+    METRICS,
+    DamagedFolder,
+    Metrics,
+    RunFolder,
+    text_file_atomic,
+    writable_folder,
+)
 from qcrd_ray.run_lock import LostRun, RunLock, check_owner
 from qcrd_ray.storage import below
 from tests.s3_server import S3Server, s3_server
@@ -349,3 +357,41 @@ def test_a_key_in_the_storage_path_is_refused_and_not_shown() -> None:
         with pytest.raises(UserError, match="keys are taken from the environment only") as raised:
             load_config(None, [f"run.storage_path={path}"])
         assert "topsecret" not in str(raised.value)
+
+
+def test_a_file_is_there_once_it_is_whole_and_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+
+    def write_half() -> None:
+        with text_file_atomic(tmp_path / "link") as file:
+            file.write("ne")
+            raise ValueError("half")
+
+    with pytest.raises(ValueError, match="half"):
+        write_half()
+    assert (tmp_path / "real").read_text() == "old"
+    with text_file_atomic(tmp_path / "link") as file:
+        file.write("new")
+        assert (tmp_path / "real").read_text() == "old"
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_a_pipe_is_written_as_it_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    with text_file_atomic(tmp_path / "pipe") as file:
+        file.write("text")
+    reader.join()
+    assert read == ["text"] and (tmp_path / "pipe").is_fifo()
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    assert writable_folder(tmp_path / "a" / "b", "output").is_dir()
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/deeper", "/proc/nowhere"):
+        with pytest.raises(UserError, match=r"config key output: .* is no folder that can be written to: "):
+            writable_folder(tmp_path / place, "output")

@@ -32,7 +32,9 @@ _PHRASES = (
     (re.compile(r"\bdivided by\b", re.IGNORECASE), " / "),
     (re.compile(r"\b(?:(?:is|are) )?equal(?:s| to)\b", re.IGNORECASE), " = "),
 )
-_BULLET = re.compile(r"^(?:[-*+•]\s+|\(?\w{1,2}[.)]\s+)", re.MULTILINE)
+_BULLET = re.compile(r"^(?:(?P<dash>-\s+(?=\d))|[-*+•]\s+|\(?\w{1,2}[.)]\s+(?![-+*/=]))", re.MULTILINE)
+_DASH = "\ue000"
+"""In place of a bullet that may be a minus."""
 _CLAUSE_END = re.compile(r"""\n|[.,;!?](?=[\s)"']|$)|(?<!\d):|:(?!\d)|[!<>]=|=>|->|[→⇒—"“”]""")
 _SENTENCE_END = re.compile(r"\n|[.!?](?=[\s)\"']|$)")
 _EQUAL = re.compile(r"(==?|≈|≅)")
@@ -69,6 +71,9 @@ _INEXACT = _words("remainder remaining rounded rounding leftover leftovers over 
 _CUT = _words("remainder remaining remain remains rounded rounding leftover leftovers left full fully whole complete")
 """Said of a division whose result is cut to a whole number."""
 _DENIED = re.compile(r"\s*(?:is|are|was|would be|cannot be)\s+(?:not|wrong|incorrect|false)\b", re.IGNORECASE)
+_DENIED_LATER = re.compile(
+    r"\W*(?:which|that|this|it)\s+(?:is|was|would be)\s+(?:not|wrong|incorrect|false)\b", re.IGNORECASE
+)
 _MEASURES = _words(
     "second sec minute min hour hr day week month year cent penny pennie nickel dime quarter dollar inch inche foot",
     "feet yard mile mm cm m km meter metre kilometer centimeter gram g kg kilogram ounce oz pound lb liter l ml gallon",
@@ -124,14 +129,20 @@ def find_steps(text: str) -> list[Step]:
     """
     steps = []
     for clause, goes_on in _clauses(text):
-        money = "$" in clause
-        parts = _EQUAL.split(clause.replace("$", "").replace("€", "").replace("£", ""))
+        money, dashed = "$" in clause, clause.startswith(_DASH)
+        parts = _EQUAL.split(clause.removeprefix(_DASH).replace("$", "").replace("€", "").replace("£", ""))
         sides = [_tokens(part) for part in parts[::2]]
         for (before, after), sign in zip(pairwise(sides), parts[1::2], strict=True):
             left, right = _trailing(before), _leading(after)
             if left is None or right is None or not left.operators + right.operators:
                 continue
+            if "not" in left.units:
+                continue
             holds = _holds(left, right, sign in "≈≅", money)
+            if holds is False and dashed and before is sides[0] and left.whole:
+                negative = replace(left, expression=f"- {left.expression}")
+                if _holds(negative, right, sign in "≈≅", money):
+                    left, holds = negative, True
             if holds is None or (not holds and _may_hold(left, right, money, goes_on)):
                 continue
             steps.append(Step(f"{left.expression} {sign} {right.expression}", holds))
@@ -145,7 +156,8 @@ def _clauses(text: str) -> Iterator[tuple[str, str]]:
     text = _CALCULATOR.sub("", text).translate(_SAME)
     for pattern, sign in _PHRASES:
         text = pattern.sub(sign, text)
-    text = _BULLET.sub("", _joined(_MARKUP.sub(" ", text)))
+    text = _joined(_MARKUP.sub(" ", text.replace(_DASH, " ")))
+    text = _BULLET.sub(lambda match: _DASH if match["dash"] else "", text)
     begin = 0
     for end in [match.span() for match in _CLAUSE_END.finditer(text)] + [(len(text), len(text))]:
         clause = text[begin : end[0]]
@@ -416,7 +428,7 @@ def _may_hold(left: _Side, right: _Side, money: bool, goes_on: str) -> bool:
     said = {token.text.casefold() for token in right.rest} | right.units
     if said & _INEXACT or (left.units | right.units) & {"am", "pm"}:
         return True
-    if _DENIED.match(" ".join(token.text for token in right.rest)):
+    if _DENIED.match(" ".join(token.text for token in right.rest)) or _DENIED_LATER.match(goes_on):
         return True
     value, written = evaluate(left.expression), evaluate(right.expression)
     if "/" in left.expression and value is not None and written is not None and abs(value - written) < 1:

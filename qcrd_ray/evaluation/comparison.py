@@ -24,7 +24,7 @@ from qcrd_ray.evaluation.student_rationales import (
     sample_student,
 )
 from qcrd_ray.rationales.schema import Question
-from qcrd_ray.run_folder import write_text_atomic
+from qcrd_ray.run_folder import writable_folder, write_text_atomic
 from qcrd_ray.sampling.teacher import LIVE, LiveTeacher
 from qcrd_ray.sampling.teacher_engine import Ask, Prompt, TeacherEngine, together
 from qcrd_ray.sampling.teacher_prompt import first_seed
@@ -66,6 +66,7 @@ def compare(config: ExperimentConfig) -> dict[str, Any]:
     settings = config.comparison
     if not config.output:
         raise UserError("config key output: not set; give the folder that the pairs go to")
+    output = writable_folder(config.output, "output")
     if config.teacher.engine not in LIVE:
         raise UserError(
             f"config key teacher.engine: {config.teacher.engine} judges nothing; expected {', '.join(LIVE)}"
@@ -94,7 +95,7 @@ def compare(config: ExperimentConfig) -> dict[str, Any]:
     sampled = time.perf_counter()
     endpoint = config.teacher.endpoint.base_url if config.teacher.engine == "openai" else None
     fingerprint = f"{judge.fingerprint}-{stable_hash(endpoint):016x}" if endpoint else judge.fingerprint
-    answers = Answers(Path(config.output) / ANSWERS, fingerprint)
+    answers = Answers(output / ANSWERS, fingerprint)
     logger.info("the judge is asked for %d pairs in both orders; %d answers are there", len(pairs), len(answers.texts))
     failed = _ask_all(config, judge, pairs, answers)
     result = _result(config, pairs, answers, failed, judge)
@@ -244,7 +245,7 @@ def _result(
         text = json.dumps(line, ensure_ascii=False)
         lines.append(text.encode("utf-8", "replace").decode("utf-8") + "\n")  # a judge may write half a surrogate pair
     assert config.output is not None
-    write_text_atomic(Path(config.output) / PAIRS, "".join(lines))
+    write_text_atomic(Path(config.output).expanduser() / PAIRS, "".join(lines))
     return {
         "job": "judge",
         "task": config.task,

@@ -27,6 +27,10 @@ MAX_CHARACTERS = 20_000
 """A longer rationale is measured up to here; its length in words and tokens is that of all of it."""
 
 _NUMBER = re.compile(r"(?<![\w.,])-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?![\w])")
+_UNFINISHED = re.compile(
+    r"[0-9)]\s*[-+*/×÷·−x]\s*[($]*[0-9]|[0-9]\s*%|[0-9]\s*(?:dozen|hundred|thousand|million|billion)", re.IGNORECASE
+)
+"""Behind a result: an expression, a percentage or a scale, with which it is another number than it looks."""
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _DENIALS = frozenset(
     ["not", "cannot", "never", "neither", "nor", "no", "unlike", "except", "without", "rather", "instead"]
@@ -143,6 +147,8 @@ def stated_answer(text: str, task: Task, choices: Choices = None) -> str | None:
 
 def _last_result(text: str) -> str | None:
     _, equal, after = text.rpartition("=")
+    if _UNFINISHED.search(after):
+        return None
     numbers = [evaluate(number) for number in _NUMBER.findall(after.replace("−", "-").replace("$", ""))]
     steps = find_steps(text)
     if not equal or not steps or not numbers or numbers[0] is None:

@@ -7,15 +7,16 @@ import os
 import re
 import select
 import stat
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from qcrd_ray.config import ExperimentConfig
-from qcrd_ray.errors import UserError
+from qcrd_ray.errors import UserError, printable
 from qcrd_ray.rationales.columns import Columns
-from qcrd_ray.rationales.raw_chunks import chunk_rows, file_chunks
+from qcrd_ray.rationales.raw_chunks import chunk_rows, csv_rows, file_chunks
 
 Format = Literal["auto", "jsonl", "lines"]
 OTHER_TABLES = (".tsv", ".xls", ".xlsx", ".arrow", ".feather", ".orc")
@@ -46,10 +47,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Bad:
-    """An input that is no question: where it is and what is wrong with it."""
+    """An input that is no question: where it is and what is wrong with it, as a line that can be printed."""
 
     number: int
     message: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", printable(self.message))
 
 
 Input = Asked | Bad
@@ -63,7 +67,7 @@ def read_questions(file: Path | None, form: Format, batch: int, linger_s: float)
         form: of lines; `auto` is JSONL where the first line begins with a brace, else a question a line, unless that is
             what no question looks like: another kind of table, or a JSON array.
         batch: inputs that come together at most.
-        linger_s: seconds without a new line of a pipe after which what is there is a batch.
+        linger_s: seconds from the first line of a batch on after which what is there of a pipe is one.
 
     Raises:
         UserError: no such file, or one that cannot be read on.
@@ -86,6 +90,8 @@ def read_questions(file: Path | None, form: Format, batch: int, linger_s: float)
 def check_file(file: Path) -> None:
     """Raises UserError where a file cannot be read."""
     try:
+        if stat.S_ISFIFO(file.stat().st_mode):
+            return  # to open and close it would end the one that writes to it
         with file.open("rb") as opened:
             opened.read(0)
     except FileNotFoundError:
@@ -102,15 +108,18 @@ class _Line:
 
 
 def _lines(source: int, name: str, batch: int, linger_s: float) -> Iterator[list[_Line]]:
-    """Batches of the lines of a file descriptor, blank ones left out. A batch never waits longer than `linger_s`.
+    """Batches of the lines of a file descriptor, blank ones left out.
+
+    A batch waits `linger_s` for more lines from its first one on, and then takes what is there already.
 
     Reads the descriptor itself: a thread that waits in one of Python's own buffered files would keep its lock at exit.
     """
     waits = not stat.S_ISREG(os.fstat(source).st_mode)
     lines: list[_Line] = []
     rest, number, dropped, ended = bytearray(), 0, False, False
+    due = 0.0
     while not ended:
-        if waits and lines and not select.select([source], [], [], linger_s)[0]:
+        if waits and lines and not select.select([source], [], [], max(0.0, due - time.monotonic()))[0]:
             yield lines
             lines = []
         try:
@@ -118,6 +127,8 @@ def _lines(source: int, name: str, batch: int, linger_s: float) -> Iterator[list
         except OSError as error:
             raise UserError(f"{name}: cannot be read: {error.strerror}") from None
         ended = not data
+        if not lines:
+            due = time.monotonic() + linger_s
         *full, last = data.split(b"\n")
         if ended and (rest or dropped):
             full, last = [b""], b""
@@ -209,11 +220,23 @@ def _shown(value: Any) -> str:
 
 def _rows(file: Path, batch: int) -> Iterator[list[Input]]:
     inputs: list[Input] = []
-    for chunk in file_chunks(file):
-        for number, place, row in chunk_rows(chunk):
-            inputs.append(_asked(number, place(), dict(row)))
-            if len(inputs) == batch:
-                yield inputs
-                inputs = []
+    for one in _table_inputs(file):
+        inputs.append(one)
+        if len(inputs) == batch:
+            yield inputs
+            inputs = []
     if inputs:
         yield inputs
+
+
+def _table_inputs(file: Path) -> Iterator[Input]:
+    if file.suffix.lower() == ".csv":
+        for number, found in csv_rows(file):
+            if isinstance(found, UserError):
+                yield Bad(number, str(found))
+            else:
+                yield _asked(number, f"{file}:{number}", dict(found))
+    else:
+        for chunk in file_chunks(file):
+            for number, place, row in chunk_rows(chunk):
+                yield _asked(number, place(), dict(row))

@@ -21,11 +21,11 @@ from qcrd_ray.evaluation.student_rationales import (
     sample_student,
     student_folder,
 )
-from qcrd_ray.rationales.columns import UNNAMED_TEACHER
+from qcrd_ray.rationales.columns import UNNAMED_TEACHER, Place, text_of
 from qcrd_ray.rationales.raw_chunks import chunk_rows, file_chunks
 from qcrd_ray.rationales.schema import Question
 from qcrd_ray.rationales.sources import SourceRow
-from qcrd_ray.run_folder import write_text_atomic
+from qcrd_ray.run_folder import writable_folder, write_text_atomic
 from qcrd_ray.tasks import Task, get_task
 from qcrd_ray.tasks.prompts import load_tokenizer
 
@@ -38,12 +38,14 @@ class Source:
     """Rationales of one writer.
 
     Attributes:
-        unknown: rows of a file whose id no question of the split has.
+        unknown: rows of a file whose id none of the questions has.
+        errors: rows of a file that say why a question was not answered.
     """
 
     name: str
     rationales: Sequence[Rationale]
     unknown: int = 0
+    errors: int = 0
 
 
 def measure_quality(config: ExperimentConfig) -> dict[str, Any]:
@@ -57,6 +59,7 @@ def measure_quality(config: ExperimentConfig) -> dict[str, Any]:
     """
     begin = time.perf_counter()
     settings, task = config.quality, get_task(config)
+    output = writable_folder(config.output, "output") if config.output else None
     of_teacher = settings.of in ("teacher", "both")
     folder = None
     if settings.of in ("student", "both"):
@@ -82,8 +85,8 @@ def measure_quality(config: ExperimentConfig) -> dict[str, Any]:
         measured = [measure(rationale, task, settings.ngram) for rationale in source.rationales]
         result["writers"][source.name] = _summaries(config, source, measured)
         lines += [_line(source.name, *pair) for pair in zip(source.rationales, measured, strict=True)]
-    if config.output:
-        write_text_atomic(Path(config.output) / MEASURED, "".join(lines))
+    if output:
+        write_text_atomic(output / MEASURED, "".join(lines))
     result["seconds"] = round(time.perf_counter() - begin, 1)
     return result
 
@@ -115,6 +118,8 @@ def _summaries(config: ExperimentConfig, source: Source, measured: Sequence[Meas
         groups[name] = summarise([one for one in measured if one.right is right], **options)
     if source.unknown:
         groups["unknown_ids"] = source.unknown
+    if source.errors:
+        groups["errors"] = source.errors
     return groups
 
 
@@ -169,16 +174,20 @@ def _student(config: ExperimentConfig, task: Task, folder: str, questions: Seque
 def _file(config: ExperimentConfig, task: Task, questions: Mapping[str, Question]) -> Source:
     path = Path(str(config.quality.file)).expanduser()
     rationales: list[Rationale] = []
-    unknown = 0
+    unknown = errors = 0
     for place, row in _file_rows(path):
-        question = questions.get(_text(place, row, "id") or "")
-        text = _text(place, row, "rationale")
-        if text is None:
-            raise UserError(f"{place}: no 'rationale'; there are: {', '.join(map(str, row)) or 'none'}")
+        if "error" in row and "rationale" not in row:
+            errors += 1
+            continue
+        if "rationale" not in row:
+            raise UserError(f"{place()}: no 'rationale'; there are: {', '.join(map(str, row)) or 'none'}")
+        question = questions.get(text_of(row.get("id"), place, "id", number=True) or "")
+        text = text_of(row["rationale"], place, "rationale") or ""
         if question is None:
             unknown += 1
             continue
-        label = _text(place, row, "label") or _text(place, row, "answer")
+        beside = "label" if "label" in row else "answer"
+        label = text_of(row.get(beside), place, beside, number=True)
         tokens = row.get("tokens", row.get("completion_tokens"))
         count = tokens if isinstance(tokens, int) and not isinstance(tokens, bool) else None
         reason = row.get("finish_reason")
@@ -190,10 +199,10 @@ def _file(config: ExperimentConfig, task: Task, questions: Mapping[str, Question
             f"config key quality.file: none of the {unknown} rationales in {path} is of a question of the split "
             f"{config.evaluation.split!r} of {config.data.path}; ids must be the same"
         )
-    return Source(f"file {path.name}", rationales, unknown)
+    return Source(f"file {path.name}", rationales, unknown, errors)
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _file_rows(path: Path) -> Iterator[tuple[Place, Mapping[str, Any]]]:
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise UserError(f"config key quality.file: {path}: no such file, or a folder without .parquet files")
@@ -202,14 +211,7 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             raise UserError(f"config key quality.file: {file}: expected one of {', '.join(FILES)}")
         for chunk in file_chunks(file):
             for _, place, row in chunk_rows(chunk):
-                yield place(), row
-
-
-def _text(place: str, row: Mapping[str, Any], name: str) -> str | None:
-    value = row.get(name)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{place}: {name!r}: expected a string, found {type(value).__name__}")
-    return value
+                yield place, row
 
 
 def _rationale(

@@ -123,7 +123,7 @@ class Columns:
         column = self._column(row, "id")
         if column is None and (not self._foreign or "id" in self._mapped):
             raise self._missing(row, "id", place)
-        identity = _text(row[column], place, column, number=True) if column is not None else f"{split}-{index:06d}"
+        identity = text_of(row[column], place, column, number=True) if column is not None else f"{split}-{index:06d}"
         if not identity:
             raise UserError(f"{place()}: column {column!r} is empty; every question needs an id")
         choices, option_of = self._choices(row, place)
@@ -143,14 +143,18 @@ class Columns:
     def _question_text(self, row: Row, place: Place) -> str:
         column = self._column(row, "question")
         if column is not None:
-            text = _text(row[column], place, column)
+            text = text_of(row[column], place, column)
             if text is None or not text.strip():
                 raise UserError(f"{place()}: column {column!r} is empty; every row needs a question")
             return text
         pair = {"premise": "hypothesis", "Body": "Question"}
         for first, second in pair.items():
             if "question" not in self._mapped and first in row and second in row:
-                one, two = _text(row[first], place, first) or "", _text(row[second], place, second) or ""
+                one, two = text_of(row[first], place, first) or "", text_of(row[second], place, second) or ""
+                if not (one + two).strip():
+                    raise UserError(
+                        f"{place()}: columns {first!r} and {second!r} are empty; every row needs a question"
+                    )
                 return f"premise: {one}\nhypothesis: {two}" if first == "premise" else f"{one}\n{two}"
         raise self._missing(row, "question", place)
 
@@ -163,11 +167,11 @@ class Columns:
         value = row[column]
         if self._is_nli and isinstance(value, int) and not isinstance(value, bool):
             return _NLI_LABELS[value] if 0 <= value < len(_NLI_LABELS) else None
-        return _text(value, place, column, number=True)
+        return text_of(value, place, column, number=True)
 
     def _optional(self, row: Row, place: Place, name: str) -> str | None:
         column = self._column(row, name)
-        return None if column is None else _text(row[column], place, column, number=True)
+        return None if column is None else text_of(row[column], place, column, number=True)
 
     def _choices(self, row: Row, place: Place) -> tuple[tuple[str, ...] | None, dict[str, str]]:
         """The options, and where they come with letters of their own (`{label: [A, …], text: […]}`) the one of each."""
@@ -183,7 +187,7 @@ class Columns:
                 value = json.loads(value)
         if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
             raise UserError(f"{place()}: column {column!r}: expected a list of strings, found {_kind(value)}")
-        choices = tuple(_text(choice, place, str(column)) for choice in value)
+        choices = tuple(text_of(choice, place, str(column)) for choice in value)
         return choices, dict(zip(map(str, labels), choices, strict=False)) if isinstance(labels, list) else {}
 
     def samples(self, row: Row, place: Place) -> list[tuple[Place, Row]]:
@@ -199,29 +203,29 @@ class Columns:
         column = self._column(row, "sample_id")
         if column is None:
             raise self._missing(row, "sample_id", place)
-        identity = _text(row[column], place, column, number=True)
+        identity = text_of(row[column], place, column, number=True)
         return str(identity or "")
 
     def sample(self, row: Row, place: Place) -> RecordedSample:
         """A sample's columns, checked. One without an `answer` column is a raw output."""
         layout = self._layout(row)
         column = layout.get("sample_teacher")
-        teacher = (_text(row[column], place, column) if column is not None else None) or UNNAMED_TEACHER
+        teacher = (text_of(row[column], place, column) if column is not None else None) or UNNAMED_TEACHER
         if self._teachers is not None and teacher not in self._teachers:
             return _left_out(OTHER_TEACHER, teacher)
         column = layout.get("sample_rationale")
         if column is None:
             raise self._missing(row, "sample_rationale", place)
-        text = _text(row[column], place, column) or ""
+        text = text_of(row[column], place, column) or ""
         if len(text) > self._max_chars:
             return _left_out(TOO_LONG, teacher)
         state, answer, target = RAW, None, None
         column = layout.get("sample_answer")
         if column is not None:
             state = ANSWERED
-            answer = _text(row[column], place, column, number=True)
+            answer = text_of(row[column], place, column, number=True)
             column = layout.get("sample_target")
-            target = None if column is None else _text(row[column], place, column, number=True)
+            target = None if column is None else text_of(row[column], place, column, number=True)
         return RecordedSample(
             state,
             text,
@@ -230,9 +234,9 @@ class Columns:
             teacher,
             _number(row, "temperature", place, float),
             _number(row, "seed", place, int, 64),
-            _text(row.get("finish_reason"), place, "finish_reason"),
+            text_of(row.get("finish_reason"), place, "finish_reason"),
             _number(row, "completion_tokens", place, int, 32),
-            _text(row.get("fingerprint"), place, "fingerprint"),
+            text_of(row.get("fingerprint"), place, "fingerprint"),
             None,
         )
 
@@ -241,8 +245,8 @@ def _left_out(state: int, teacher: str) -> RecordedSample:
     return RecordedSample(state, None, None, None, teacher, None, None, None, None, None, None)
 
 
-def _text(value: Any, place: Place, column: str, number: bool = False) -> Any:
-    """A text, None for null; a number becomes its text where that is allowed."""
+def text_of(value: Any, place: Place, column: str, number: bool = False) -> Any:
+    """A text, None for null; a number becomes its text where that is allowed. Raises UserError."""
     if value is None:
         return None
     if number and isinstance(value, int | float) and not isinstance(value, bool):

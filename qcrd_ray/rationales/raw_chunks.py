@@ -182,7 +182,20 @@ def _line_chunks(path: Path, limit: int | None, chunk_bytes: int) -> Iterator[Ra
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Rows by the header's names, with the line that each begins at. An empty cell is null."""
+    for number, row in csv_rows(path):
+        if isinstance(row, UserError):
+            raise row
+        yield number, row
+
+
+def csv_rows(path: Path) -> Iterator[tuple[int, Row | UserError]]:
+    """Rows by the header's names, with the line that each begins at. An empty cell is null.
+
+    A row of more or fewer cells than the header is the error that it is.
+
+    Raises:
+        UserError: what follows cannot be read.
+    """
     csv.field_size_limit(MOST_CSV_CELL)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
@@ -192,8 +205,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
             number = reader.line_num + 1
             for cells in reader:
                 if cells and len(cells) != len(header):
-                    raise UserError(f"{path}:{number}: {len(cells)} cells, but the header has {len(header)}")
-                if cells:
+                    yield number, UserError(f"{path}:{number}: {len(cells)} cells, but the header has {len(header)}")
+                elif cells:
                     yield number, {name: cell or None for name, cell in zip(header, cells, strict=True)}
                 number = reader.line_num + 1
         except csv.Error as error:

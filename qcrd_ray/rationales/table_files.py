@@ -26,7 +26,7 @@ def open_rationale_table(path: str | Path) -> pa.Table:
             return pa.ipc.open_file(source).read_all()
     except FileNotFoundError:
         raise UserError(f"table {path}: not found") from None
-    except pa.ArrowInvalid as error:
+    except (OSError, pa.ArrowException) as error:
         raise UserError(f"table {path}: no Arrow file: {error}") from None
 
 

@@ -20,6 +20,14 @@ def marks(text: str) -> str:
     ("text", "expected"),
     [
         ("84/2 = 42", "r"),
+        ("- 5 + 3 = -2", "r"),  # a minus
+        ("- 5 + 3 = 8", "r"),  # a bullet
+        ("- 5 + 3 = 9", "w"),
+        ("(8) - 3 + 4 = 9", "r"),
+        ("(2) 3 + 4 = 8", "w"),
+        ("3 + 5 does not = 9", ""),
+        ("He thought 3 + 5 = 9, which is wrong.", ""),
+        ("He got 3 + 5 = 9, which is right.", "w"),
         ("84 / 2 = 43", "w"),
         ("x = 3 * 4 = 12", "r"),
         ("x = 3 * 4 = 13", "w"),

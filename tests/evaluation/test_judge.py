@@ -275,6 +275,11 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("arguments", "expected"),
     [
         (["output=null"], "output: not set"),
+        (["output=FILE"], "config key output: "),
+        (
+            ["teacher.engine=openai", "teacher.model=m", "teacher.endpoint.budget=1"],
+            "teacher.endpoint: budget needs what tokens cost: set price_input and price_output",
+        ),
         (["teacher.engine=scripted"], "teacher.engine: scripted judges nothing"),
         (["comparison.student_b=null"], "comparison.student_b: not set"),
         (["comparison.student_b=HERE"], "comparison.student_b: "),
@@ -292,7 +297,7 @@ def test_bad_input_is_a_line(tmp_path: Path, student: Path, arguments: list[str]
     settings = [*SETTINGS, f"comparison.student_a={student}", f"comparison.student_b={student}", f"output={tmp_path}"]
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "valid.jsonl").write_text('{"id": "a", "question": "q", "answer": "1"}\n')
-    places = {"HERE": tmp_path / "here"}
+    places = {"HERE": tmp_path / "here", "FILE": tmp_path / "here" / "valid.jsonl"}
     for name, task in (("CQA", "cqa"), ("CUSTOM", "custom"), ("CUT", "chain_sum")):
         places[name] = shutil.copytree(student, tmp_path / name)
         own = ExportedStudent.of(load_config(None, [f"task={task}", "custom.template='Q: {question}'"]))

@@ -94,6 +94,14 @@ def test_a_rationale_without_a_form_of_its_answer_names_none() -> None:
         ("84 / 2 = 42.", "what?", None),
         ("84 / 2 = 42.", None, None),
         ("He divides.", "42", None),
+        # What stands behind the last equals sign is no result yet.
+        ("8 - 3 = 5, total = 5 + 5.", "10", None),
+        ("2 + 3 = 5. The total is 10 = 5 + 5.", "10", None),
+        ("1 / 3 + 2 / 3 = 3/3", "1", None),
+        ("3 * 2 = 3 + 3", "6", None),
+        ("15 / 60 = 25%", "0.25", None),
+        ("12 + 8 = 20. 20 dozens", "240", None),
+        ("12 + 8 = 20, so 20 - a dozen is too few.", "21", True),
     ],
 )
 def test_a_contradiction_of_the_label(text: str, label: str | None, contradicts: bool | None) -> None:
@@ -232,6 +240,29 @@ def test_the_teacher_s_recorded_samples(data: Path) -> None:
     assert again["writers"]["file rationales.jsonl"]["all"]["wrong_steps_found"] == groups["all"]["wrong_steps_found"]
 
 
+def test_a_file_may_be_what_predict_wrote(tmp_path: Path) -> None:
+    rows = [{"id": number, "question": f"What is {number} + 4?", "answer": number + 4} for number in range(4)]
+    (tmp_path / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "train.jsonl").write_text((tmp_path / "valid.jsonl").read_text())
+    written: list[dict[str, Any]] = [
+        {"id": 0, "question": "", "label": "4", "rationale": "0 + 4 = 4."},
+        {"error": "questions.jsonl:2: no valid JSON"},
+        {"id": 2, "question": "", "label": "", "answer": "6", "rationale": None},
+        {"id": 3, "question": "", "label": 8, "rationale": "3 + 4 = 7."},
+    ]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    settings = ["task=svamp", f"data.path={tmp_path}", "quality.of=file", f"quality.file={tmp_path}/answers.jsonl"]
+    result = measure_quality(load_config(None, [*settings, f"output={tmp_path / 'out'}"]))
+    assert result["writers"]["file answers.jsonl"]["errors"] == 1
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rationales.jsonl").read_text().splitlines()]
+    assert [(one["id"], one["label"], one["right"]) for one in lines] == [
+        ("0", "4", True),
+        ("2", "", False),  # the empty label of a student is its answer, whatever else stands there
+        ("3", "8", False),
+    ]
+    assert [one["contradicts"] for one in lines] == [False, None, True]
+
+
 @pytest.mark.parametrize(
     ("arguments", "content", "expected"),
     [
@@ -240,7 +271,13 @@ def test_the_teacher_s_recorded_samples(data: Path) -> None:
         (["quality.of=file", "quality.file=FILE"], None, "no such file"),
         (["quality.of=file", "quality.file=FILE"], '{"id": "q0"}\n', "given.jsonl:1: no 'rationale'; there are: id"),
         (["quality.of=file", "quality.file=FILE"], '{"id": "zz", "rationale": "x"}\n', "none of the 1 rationales"),
-        (["quality.of=file", "quality.file=FILE"], '{"id": 3, "rationale": "x"}\n', "expected a string, found int"),
+        (["quality.of=file", "quality.file=FILE"], '{"id": 3, "rationale": 5}\n', "'rationale': expected a string"),
+        (
+            ["quality.of=file", "quality.file=FILE"],
+            '{"id": "q0", "rationale": "\\ud83d"}\n',
+            "half of a surrogate pair",
+        ),
+        (["output=DATA/train.jsonl"], None, "config key output: "),
         (["quality.of=file", "quality.file=FILE"], "{\n", "given.jsonl:1: no valid JSON"),
         (["quality.samples=2", "quality.of=student"], None, "quality.temperature=0"),
         (["quality.of=student", "student.model=scratch:t5-tiny"], None, "has learned nothing"),

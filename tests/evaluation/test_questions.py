@@ -16,7 +16,7 @@ import pytest
 
 from qcrd_ray.errors import UserError
 from qcrd_ray.evaluation import questions
-from qcrd_ray.evaluation.questions import Asked, Bad, Format, Input, read_questions
+from qcrd_ray.evaluation.questions import Asked, Bad, Format, Input, check_file, read_questions
 
 
 def read(path: Path, form: Format = "auto", batch: int = 1000) -> list[Input]:
@@ -57,6 +57,10 @@ def test_the_first_line_decides_what_all_lines_are(tmp_path: Path) -> None:
         (b'{"question": "a", "choices": "b"}', "2: column 'choices': expected a list of strings, found text"),
         (b'{"question": "a", "choices": ["b", 1]}', "2: column 'choices': expected a list of strings, found a list"),
         (json.dumps({"question": "a", "choices": ["b"] * 27}).encode(), "2: column 'choices': expected 26 at most"),
+        (b'{"Body": " ", "Question": ""}', "2: columns 'Body' and 'Question' are empty"),
+        (b'{"premise": null, "hypothesis": ""}', "2: columns 'premise' and 'hypothesis' are empty"),
+        (b'{"\\ud83d": 1}', "2: no column 'question' (or premise and hypothesis); there are: \\ud83d"),
+        (b'{"\\u001b[31m": 1}', "2: no column 'question' (or premise and hypothesis); there are: \\u001b[31m"),
         (b'{"question": "a", "id": 1.5}', "2: column 'id': expected a text or a whole number, found 1.5"),
         (b'{"question": "a", "id": true}', "2: column 'id': expected a text or a whole number, found true"),
         (b'{"question": "a \\ud800"}', "2: column 'question': half of a surrogate pair"),
@@ -120,6 +124,13 @@ def test_tables(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def test_a_row_of_another_width_than_the_header_is_a_bad_one(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question,id\nfine,1\nTom, who has 3, eats 1,2\nalso fine,3\n")
+    first, bad, last = read(tmp_path / "a.csv")
+    assert (first, last) == (Asked(2, "fine", None, "1"), Asked(4, "also fine", None, "3"))
+    assert isinstance(bad, Bad) and bad.message.endswith("a.csv:3: 4 cells, but the header has 2")
+
+
 def test_the_ending_of_a_table_may_be_in_capitals(tmp_path: Path) -> None:
     (tmp_path / "a.CSV").write_text("id,question\nx,a\n", encoding="utf-8")
     [found] = read(tmp_path / "a.CSV")
@@ -173,3 +184,33 @@ def test_a_pipe_is_answered_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None
     os.close(source)
     assert [one.question for batch in rest for one in batch if isinstance(one, Asked)] == ["cd", *"eeeee"]
     assert all(len(batch) <= 4 for batch in rest)
+
+
+def test_a_pipe_that_never_pauses_is_answered_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, sink = os.pipe()
+    monkeypatch.setattr(questions, "STANDARD_INPUT", source)
+    lines, pause = 40, 0.05
+
+    def write() -> None:
+        for number in range(lines):
+            os.write(sink, f"{number}\n".encode())
+            time.sleep(pause)
+        os.close(sink)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    # Each line comes sooner after the one before than a batch waits for more.
+    batches = list(read_questions(None, "auto", 1024, 4 * pause))
+    writer.join()
+    os.close(source)
+    assert [one.number for batch in batches for one in batch] == list(range(1, lines + 1))
+    assert len(batches) >= 3
+
+
+def test_a_file_may_be_a_named_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("a\nb\n"))
+    writer.start()
+    check_file(tmp_path / "pipe")
+    assert [one.question for one in read(tmp_path / "pipe") if isinstance(one, Asked)] == ["a", "b"]
+    writer.join()

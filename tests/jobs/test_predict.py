@@ -319,6 +319,8 @@ def test_the_job_answers_lines_and_a_question(folder: str, tmp_path: Path) -> No
     assert (done.returncode, done.stdout) == (0, b""), done.stderr.decode()
     assert json.loads((tmp_path / "answers").read_text()) == {"question": "What is 5 + 2?", "label": "7"}
     assert [path.name for path in tmp_path.iterdir()] == ["answers"]
+    done = run("--student", folder, "--no-rationale", "--output", "/dev/stdout", "--", "-5 + 7")
+    assert (done.returncode, json.loads(done.stdout)["question"]) == (0, "-5 + 7"), done.stderr.decode()
 
 
 @pytest.mark.slow
