@@ -41,12 +41,23 @@ class _Panel:
 
 
 _PANELS = (
-    _Panel("Loss", "All parts, weighed as they are trained on: equation (8).", (("loss", ""),), "nats"),
+    _Panel(
+        "Loss",
+        "What the student is trained on: the parts below as equation (8) weighs them, but for the discriminator's.",
+        (("loss", ""),),
+        "nats",
+    ),
     _Panel("Label", "Cross-entropy of the label.", (("loss_label", ""),), "nats a token"),
-    _Panel("Positive part", "Chosen positives: equation (4).", (("loss_positive", ""),), "nats a token"),
+    _Panel(
+        "Positive part",
+        "Chosen positives: equation (4), or with a discriminator (6), times their scores.",
+        (("loss_positive", ""),),
+        "nats a token",
+    ),
     _Panel(
         "Negative part",
-        "Chosen negatives below the margin, 0 where all are at rest: equation (5). β times it is subtracted.",
+        "Chosen negatives below the margin, 0 where all are at rest: equation (5), or with a discriminator (7), times "
+        "1 - score. β times it is subtracted.",
         (("loss_negative", ""),),
         "nats a token",
     ),

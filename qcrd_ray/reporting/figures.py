@@ -74,9 +74,12 @@ def _svg(drawing: Any) -> str:
 
 
 def short(text: str, length: int = 24) -> str:
-    """A label that leaves room for the figure."""
+    """A label that leaves room for the figure. Names of runs differ at their ends: the middle of a long one goes."""
     flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return flat if len(flat) <= length else flat[: length - 1] + "…"
+    if len(flat) > length:
+        end = length // 2
+        flat = f"{flat[: length - 1 - end]}…{flat[-end:]}"
+    return f"\u200b{flat}" if flat.startswith("_") else flat  # a legend leaves out what begins with a low line
 
 
 def standalone(svg: str) -> str:

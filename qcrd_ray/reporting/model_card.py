@@ -97,6 +97,7 @@ def _values(
     n, right = accuracy["n"], accuracy["after"]
     return {
         "result": result,
+        "method": Markup(config.method),
         "accuracy": {**accuracy, "split": Markup(accuracy["split"])},
         "error": math.sqrt(right * (1 - right) / n) if n else 0.0,
         "best": accuracy["student"] != "last",

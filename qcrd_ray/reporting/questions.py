@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qcrd_ray.reporting.charts import mean_or_none
+from qcrd_ray.reporting.charts import mean_or_none, shown_temperatures
 from qcrd_ray.reporting.run_record import RunRecord
 
 MOST_BYTES = 7_000_000
@@ -33,15 +33,20 @@ class Item:
 
 @dataclass
 class QuestionRow:
-    """A question with what all runs have of it. `right`: by run, whether the trained student's prediction is."""
+    """A question with what all runs have of it.
+
+    Attributes:
+        labels, agreement, votes_gold: by run.
+        right: by run, whether the trained student's prediction is.
+    """
 
     split: str
     id: str
     question: str
-    label: str
+    labels: dict[int, str] = field(default_factory=dict)
     items: list[Item] = field(default_factory=list)
-    agreement: float | None = None
-    votes_gold: bool | None = None
+    agreement: dict[int, float] = field(default_factory=dict)
+    votes_gold: dict[int, bool] = field(default_factory=dict)
     right: dict[int, bool] = field(default_factory=dict)
 
     def of(self, *kinds: int) -> list[Item]:
@@ -52,17 +57,19 @@ def question_rows(runs: Sequence[RunRecord]) -> list[QuestionRow]:
     """Held-out questions, then training questions, each once for all runs that have it."""
     rows: dict[tuple[str, str, str], QuestionRow] = {}
 
-    def row_of(split: str, record: dict[str, Any]) -> QuestionRow:
+    def row_of(number: int, split: str, record: dict[str, Any]) -> QuestionRow:
         text = record["question"].strip()
         if record["choices"]:
             text += "\nAnswer Choices: " + ", ".join(record["choices"])
         key = (split, record["id"], text)
-        return rows.setdefault(key, QuestionRow(split, record["id"], text, record["label"]))
+        row = rows.setdefault(key, QuestionRow(split, record["id"], text))
+        row.labels[number] = record["label"]
+        return row
 
     for number, run in enumerate(runs):
         observed = _observed_of(run)
         for record in run.held_out:
-            row = row_of(run.split or "", record)
+            row = row_of(number, run.split or "", record)
             for name, kind in (("before", BEFORE), ("after", AFTER)):
                 if (found := run.predictions.get(name, {}).get(record["id"])) is not None:
                     row.items.append(Item(number, kind, None, found[0]))
@@ -73,9 +80,10 @@ def question_rows(runs: Sequence[RunRecord]) -> list[QuestionRow]:
     for number, run in enumerate(runs):
         observed = _observed_of(run)
         for record in run.train:
-            row = row_of("train", record)
-            row.agreement = record["agreement"] if row.agreement is None else row.agreement
-            row.votes_gold = record["votes_gold"] if row.votes_gold is None else row.votes_gold
+            row = row_of(number, "train", record)
+            for of_run, value in ((row.agreement, record["agreement"]), (row.votes_gold, record["votes_gold"])):
+                if value is not None:
+                    of_run[number] = value
             scores = {(o["kind"], o["rationale"]): o["score"] for o in observed.get(("train", record["id"]), ())}
             for kind, name in ((POSITIVE, "positives"), (NEGATIVE, "negatives")):
                 for text in record[name]:
@@ -156,14 +164,10 @@ def _packed(runs: Sequence[RunRecord], rows: Sequence[QuestionRow], cut: int | N
 
 def _columns(runs: Sequence[RunRecord], rows: Sequence[QuestionRow]) -> tuple[list[dict[str, str]], list[list[Any]]]:
     """Titles and kinds (`text`, `number`, `whole`, `verdict`) of the columns after the question; values by row."""
-    columns = [{"title": "Label", "kind": "text"}]
     if len(runs) > 1:
-        columns += [{"title": f"Right: {run.label}", "kind": "verdict"} for run in runs]
-        columns += [{"title": "Agreement", "kind": "number"}]
-        return columns, [
-            [r.label, *(_bool(r.right.get(n)) for n in range(len(runs))), _round(r.agreement)] for r in rows
-        ]
-    columns += [
+        return _compared(runs, rows)
+    columns = [
+        {"title": "Label", "kind": "text"},
         {"title": "Prediction right", "kind": "verdict"},
         {"title": "Agreement", "kind": "number"},
         {"title": "Vote is gold", "kind": "verdict"},
@@ -174,19 +178,44 @@ def _columns(runs: Sequence[RunRecord], rows: Sequence[QuestionRow]) -> tuple[li
         {"title": "Score of the student", "kind": "number"},
     ]
     values = []
+    temperatures = sorted({i.temperature for row in rows for i in row.of(STUDENT) if i.temperature is not None})
+    shown = runs[0].temperature
+    if shown not in temperatures and temperatures:
+        shown = shown_temperatures(runs[0], temperatures)[0]
     for row in rows:
         positives, negatives = row.of(POSITIVE), row.of(NEGATIVE, SAMPLED)
         values.append([
-            row.label,
+            row.labels.get(0),
             _bool(row.right.get(0)),
-            _round(row.agreement),
-            _bool(row.votes_gold),
+            _round(row.agreement.get(0)),
+            _bool(row.votes_gold.get(0)),
             len(positives),
             len(negatives),
             _mean_score(positives),
             _mean_score(row.of(NEGATIVE)),
-            _mean_score([item for item in row.of(STUDENT) if item.temperature == runs[0].temperature]),
+            _mean_score([item for item in row.of(STUDENT) if item.temperature == shown]),
         ])  # fmt: skip
+    return columns, values
+
+
+def _compared(runs: Sequence[RunRecord], rows: Sequence[QuestionRow]) -> tuple[list[dict[str, str]], list[list[Any]]]:
+    """The columns of a comparison. What is the same in all runs has one, else there is one for each run."""
+    everywhere = range(len(runs))
+    columns: list[dict[str, str]] = []
+    values: list[list[Any]] = [[] for _ in rows]
+
+    def add(title: str, kind: str, found: Sequence[Mapping[int, Any]], apart: bool) -> None:
+        apart = apart or any(len(set(of_runs.values())) > 1 for of_runs in found)
+        columns.extend(
+            {"title": f"{title}: {runs[n].label}" if apart else title, "kind": kind}
+            for n in (everywhere if apart else [0])
+        )
+        for row, of_runs in zip(values, found, strict=True):
+            row += [of_runs.get(n) for n in everywhere] if apart else [next(iter(of_runs.values()), None)]
+
+    add("Label", "text", [row.labels for row in rows], apart=False)
+    add("Right", "verdict", [{n: int(right) for n, right in row.right.items()} for row in rows], apart=True)
+    add("Agreement", "number", [{n: _round(a) for n, a in row.agreement.items()} for row in rows], apart=False)
     return columns, values
 
 

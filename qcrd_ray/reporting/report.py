@@ -23,7 +23,7 @@ from qcrd_ray.reporting.html import PAGE, render
 from qcrd_ray.reporting.questions import STUDENT, QuestionRow, pack, question_rows
 from qcrd_ray.reporting.run_record import RunRecord, finite, open_run, part, read_run
 from qcrd_ray.reporting.votes import agreement_rows, vote_confusion
-from qcrd_ray.run_folder import RunFolder, write_text_atomic
+from qcrd_ray.run_folder import RunFolder, text_file_atomic
 
 SCRIPT, COMPARISON = "report.js", "comparison.html"
 CASE_TEXT = 2_000
@@ -67,7 +67,8 @@ def _write(path: Path, text: str) -> Path:
         what = "is a folder" if path.is_dir() else "lies in a folder that is not there"
         raise UserError(f"--output {path}: {what}; expected the name of a file to write")
     try:
-        write_text_atomic(path, text)
+        with text_file_atomic(path) as file:
+            file.write(text)
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written: {error.strerror}") from None
     return path
@@ -331,6 +332,12 @@ def _cut(text: str) -> str:
     return text if len(text) <= CASE_TEXT else f"{text[:CASE_TEXT]}… ({len(text):,} characters)"
 
 
+def _have_the_same_questions(one: RunRecord, other: RunRecord) -> bool:
+    texts = {row["id"]: row["question"] for row in one.held_out}
+    common = [row for row in other.held_out if row["id"] in texts]
+    return one.split == other.split and bool(common) and all(texts[row["id"]] == row["question"] for row in common)
+
+
 @dataclass(frozen=True)
 class Pair:
     """Two runs on the questions that both predicted: how many each alone has right."""
@@ -344,10 +351,15 @@ class Pair:
 
 
 def _pairs(runs: Sequence[RunRecord], rows: Sequence[QuestionRow]) -> list[Pair]:
-    """The first run beside each other one, over the questions that are shown."""
+    """The first run beside each other one: over all that both predicted, or where an id is not the same question in
+    both, over those of the questions shown that are."""
     pairs = []
     for number in range(1, len(runs)):
-        seen = [(row.right[0], row.right[number]) for row in rows if 0 in row.right and number in row.right]
+        if _have_the_same_questions(runs[0], runs[number]):
+            first, second = (run.predictions.get("after", {}) for run in (runs[0], runs[number]))
+            seen = [(first[name][1], second[name][1]) for name in first if name in second]
+        else:
+            seen = [(row.right[0], row.right[number]) for row in rows if 0 in row.right and number in row.right]
         if seen:
             c = Counter(seen)
             pairs.append(

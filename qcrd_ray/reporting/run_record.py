@@ -36,6 +36,8 @@ SAMPLE_PARTS = 4
 """Files that are read at most: of the negatives the newest, of the teacher's samples the first."""
 MOST_OBSERVED = 200
 """What `evaluation.observed` may be."""
+DAMAGED = (UserError, OSError, ValueError, pa.ArrowException)
+"""What reading a damaged table raises: pyarrow's own are of all three."""
 LARGEST = 1e30
 """Beyond it nothing is drawn."""
 
@@ -166,7 +168,7 @@ def _raw_config(run: RunFolder) -> dict[str, Any]:
         raw = yaml.safe_load(run.read(CONFIG))
     except FileNotFoundError:
         raise UserError(f"run {run}: no {CONFIG} in it; expected a folder that jobs/train.py wrote") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"{run.where(CONFIG)}: no valid YAML") from None
     if not isinstance(raw, dict):
         raise UserError(f"{run.where(CONFIG)}: expected a mapping of keys to values")
@@ -227,6 +229,12 @@ def _read_metrics(run: RunFolder, record: RunRecord) -> None:
         known = map(finite, values)
         record.steps[name] = np.array([math.nan if value is None else value for value in known])
     done, steps = record.step_count, record.max_steps
+    diverged = record.column("step")[~np.isfinite(record.column("loss"))] if "loss" in record.steps else np.empty(0)
+    if len(diverged):
+        record.missing.append(
+            f"The loss is no finite number at {len(diverged):,} of {done:,} steps, the first time at step "
+            f"{int(diverged[0]) + 1:,}: the training diverged, and the curves leave these steps out."
+        )
     if not done:
         record.missing.append("No step is trained yet: no losses, no throughput.")
     if record.result is None:
@@ -272,7 +280,7 @@ def _read_tables(run: RunFolder, record: RunRecord) -> None:
                 record.votes += [(float(v), is_gold, int(n)) for v, n in zip(values, counts, strict=True)]
     except FileNotFoundError:
         record.missing.append("No table of training questions yet.")
-    except UserError as error:
+    except DAMAGED as error:
         record.missing.append(f"The table of training questions cannot be read: {error}")
     splits = {e["split"] for e in record.evaluations} | set(part(record.counts, "held_out"))
     record.split = next((split for split in HELD_OUT_SPLITS if split in splits), None)
@@ -285,7 +293,7 @@ def _read_tables(run: RunFolder, record: RunRecord) -> None:
             record.held_out = _rows(table, sorted({*first, *_some(total, HELD_OUT_ROWS)}))
     except FileNotFoundError:
         record.missing.append(f"No table of the questions of {record.split}.")
-    except UserError as error:
+    except DAMAGED as error:
         record.missing.append(f"The table of the questions of {record.split} cannot be read: {error}")
 
 
@@ -312,21 +320,28 @@ def _read_predictions(run: RunFolder, record: RunRecord) -> None:
                 record.missing.append(f"{file} is damaged: no predictions {name} training.")
 
 
-def _parquet(run: RunFolder, name: str, columns: Sequence[str]) -> pa.Table | None:
-    """A Parquet file's columns, None where it is not there or none."""
+def _parquet(run: RunFolder, name: str, columns: Sequence[str], record: RunRecord) -> list[dict[str, Any]]:
+    """The rows of a Parquet file, none where it is not there; `record.missing` says where it cannot be read."""
     try:
-        table = pq.ParquetFile(pa.BufferReader(run.read(name))).read(columns=list(columns))
-    except (FileNotFoundError, pa.ArrowException):
-        return None
-    return table if table.column_names == list(columns) else None
+        content = run.read(name)
+    except FileNotFoundError:
+        return []
+    try:
+        table = pq.ParquetFile(pa.BufferReader(content)).read(columns=list(columns))
+        if table.column_names == list(columns):
+            return list(table.to_pylist())
+    except DAMAGED:
+        pass
+    record.missing.append(f"{name} is damaged, and left out.")
+    return []
 
 
 def _read_samples(run: RunFolder, record: RunRecord) -> None:
     wanted = {row["id"] for row in record.train}
     folder = f"{DATA}/teacher_samples"
     for name in [name for name in run.list(folder) if name.endswith(".parquet")][:SAMPLE_PARTS]:
-        table = _parquet(run, f"{folder}/{name}", ["id", "sample_index", "rationale", "answer", "target"])
-        for row in table.to_pylist() if table is not None else []:
+        table = _parquet(run, f"{folder}/{name}", ["id", "sample_index", "rationale", "answer", "target"], record)
+        for row in table:
             if row["id"] in wanted:
                 record.samples.setdefault(row["id"], []).append(row)
 
@@ -340,27 +355,26 @@ def _read_negatives(run: RunFolder, record: RunRecord) -> None:
     for name in list(reversed(run.list(NEGATIVES)))[:NEGATIVE_FILES]:
         if len(record.negatives) == len(wanted):
             break
-        table = _parquet(run, f"{NEGATIVES}/{name}", columns)
+        table = _parquet(run, f"{NEGATIVES}/{name}", columns, record)
         fresh: dict[str, list[dict[str, Any]]] = {}
-        for row in table.to_pylist() if table is not None else []:
+        for row in table:
             if row["id"] in wanted and row["id"] not in record.negatives:
                 kept = fresh.setdefault(row["id"], [])
                 if kept and kept[0]["step"] < row["step"]:
                     kept.clear()
                 kept.append(row)
         record.negatives |= fresh
-    if not record.negatives and record.train:
+    if not record.negatives and record.train and not run.list(NEGATIVES):
         record.missing.append("No sampled negatives yet.")
 
 
 def _read_observations(run: RunFolder, record: RunRecord) -> None:
-    table = _parquet(run, OBSERVATIONS, OBSERVATIONS_SCHEMA.names)
-    for row in table.to_pylist() if table is not None else []:
+    for row in _parquet(run, OBSERVATIONS, OBSERVATIONS_SCHEMA.names, record):
         row |= {"score": finite(row["score"]), "temperature": finite(row["temperature"])}
         if row["kind"] != "student" or row["temperature"] is not None:
             record.observed.append(row)
-    if table is None and run.exists(OBSERVATIONS):
-        record.missing.append(f"{OBSERVATIONS} is damaged: no rationales at several temperatures and no scores.")
+    if not record.observed and run.exists(OBSERVATIONS):
+        record.missing.append("No rationales at several temperatures and no scores.")
     elif not record.observed:
         reason = f"no {OBSERVATIONS}, which a run writes once it is trained"
         if record.raw_config.get("method") == "finetune":

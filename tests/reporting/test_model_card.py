@@ -74,6 +74,7 @@ def test_the_body_says_what_came_of_it() -> None:
     plain = card("finetune", SEQ2SEQ)
     for part in ("Teacher", "<Explain>", "Negatives", "Judge", "simulated", "vllm serve", "rationale"):
         assert part not in plain, part
+    assert "by the method `single_task`." in card("single_task")
     assert "behind `The answer is:`" in card("single_task")
     assert "add_special_tokens=False" in card("qcrd", Prompting(False, special_tokens=False))
     assert 'tokenizer(text + "\\u003c/s\\u003e", return_tensors' in card("qcrd", Prompting(True, False, "</s>"))

@@ -23,6 +23,7 @@ from qcrd_ray.models.discriminator import Discriminator
 from qcrd_ray.rationales.schema import OBSERVATIONS
 from qcrd_ray.reporting import charts
 from qcrd_ray.reporting.curves import density, downsample, interval
+from qcrd_ray.reporting.figures import figure, short
 from qcrd_ray.reporting.questions import pack, question_rows
 from qcrd_ray.reporting.report import differing, make_report, report_of
 from qcrd_ray.reporting.run_record import open_run, read_run
@@ -254,6 +255,41 @@ def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
     assert "Losses" in page.said
 
 
+def test_damaged_bytes_of_a_table_are_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    folder = run.root
+    assert folder is not None
+    generator = np.random.default_rng(0)
+    damaged = [
+        *sorted((folder / "negatives").iterdir()),
+        folder / "observations" / "rationales.parquet",
+        folder / "data" / "train.arrow",
+        folder / "data" / "valid.arrow",
+    ]
+    for file in damaged:
+        content = np.frombuffer(file.read_bytes(), np.uint8).copy()
+        content[8 + generator.choice(len(content) - 16, len(content) // 20)] ^= 0xFF
+        file.write_bytes(content.tobytes())
+    words = page_of(run).words
+    assert "observations/rationales.parquet is damaged" in words and "is damaged, and left out." in words
+    assert "Losses" in words and "No sampled negatives yet" not in words
+    (folder / "config.yaml").write_text("a: 2024-13-45\n")
+    with pytest.raises(UserError, match="no valid YAML"):
+        read_run(run)
+
+
+def test_a_run_that_diverged_says_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path, steps=40)
+    assert run.root is not None
+    file = run.root / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        if row.get("step", 0) >= 20:
+            row["loss"] = None
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "The loss is no finite number at 20 of 40 steps, the first time at step 21" in page_of(run).words
+
+
 def test_values_that_are_no_numbers_cost_a_report_nothing_else(tmp_path: Path) -> None:
     run = write_run(tmp_path)
     folder = tmp_path / "run"
@@ -367,6 +403,46 @@ def test_a_comparison_shows_what_differs_and_nothing_else(tmp_path: Path) -> Non
     assert sum(counts) == 12 and f"first and second {' '.join(map(str, counts))} " in words
     table = unpacked(next(data for data in page.said if data.startswith("H4sI")))
     assert [column["title"] for column in table["columns"]] == ["Label", "Right: first", "Right: second", "Agreement"]
+
+
+def test_a_comparison_has_labels_and_agreement_of_each_run_where_they_differ(tmp_path: Path) -> None:
+    records = [read_run(write_run(tmp_path, name)) for name in ("first", "second")]
+    row = records[1].train[3]
+    row |= {"label": "another", "agreement": 0.25}
+    table = unpacked(pack(records, question_rows(records)).data)
+    titles = [column["title"] for column in table["columns"]]
+    assert titles == [
+        "Label: first", "Label: second", "Right: first", "Right: second", "Agreement: first", "Agreement: second"
+    ]  # fmt: skip
+    shown = dict(zip(titles, next(found[3] for found in table["rows"] if found[1] == row["id"]), strict=True))
+    mine = records[0].train[3]
+    assert (shown["Label: first"], shown["Label: second"]) == (mine["label"], "another")
+    assert (shown["Agreement: first"], shown["Agreement: second"]) == (pytest.approx(mine["agreement"]), 0.25)
+
+
+def test_two_runs_are_compared_on_all_that_both_predicted(tmp_path: Path) -> None:
+    records = [read_run(write_run(tmp_path, name)) for name in ("first", "second")]
+    for record in records:
+        record.held_out = record.held_out[:5]  # of more than are shown
+    page = _Page(report_of(records))
+    right = [{id_: right for id_, (_, right) in record.predictions["after"].items()} for record in records]
+    found = [(right[0][id_], right[1][id_]) for id_ in right[0]]
+    counts = [found.count(both) for both in ((True, True), (True, False), (False, True), (False, False))]
+    assert sum(counts) == 12 and f"first and second {' '.join(map(str, counts))} " in page.words
+    records[1].held_out[0]["question"] = "Another one of the same id"
+    right_of_four = _Page(report_of(records)).words
+    assert f"first and second {' '.join(map(str, counts))} " not in right_of_four
+
+
+def test_names_that_differ_at_their_ends_are_told_apart_in_a_legend() -> None:
+    names = ("chain_sum-qcrd-embedded-smollm2-135m-57109e", "chain_sum-qcrd-embedded-smollm2-135m-b8ec7d")
+    first, second = (short(name, 30) for name in names)
+    assert first != second and len(first) == len(second) == 30
+    assert first.endswith("57109e") and first.startswith("chain_sum")
+    with figure() as (_, plot, made):
+        plot.plot([0, 1], label=short("_hidden"))
+        plot.legend()
+    assert "_hidden" in made[0]
 
 
 def test_a_comparison_says_where_accuracies_are_of_different_questions(tmp_path: Path) -> None:
