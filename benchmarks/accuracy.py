@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from pieces import LAST, LAST_STEPS, all_trials, p_value, paired, right_answers, shown
 
 from qcrd_ray.config import config_to_yaml, load_config
@@ -246,7 +247,9 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
             f"| {row['method']} | {rate:g} | {row['mean']:.3f}{spread} | {std} | {_active(found, row['method'])} "
             f"| {row['seconds']:.0f} |"
         )
-    yield f"\nMeans over the last {LAST_STEPS} steps:\n\n| method | {' | '.join(LAST)} |"
+    steps = yaml.safe_load(found["config"])["train"]["max_steps"]
+    over = f"the last {LAST_STEPS}" if steps > LAST_STEPS else f"all {steps}"
+    yield f"\nMeans over {over} steps:\n\n| method | {' | '.join(LAST)} |"
     yield "|---" * (len(LAST) + 1) + "|"
     for method in found["rates"]:
         own = [row for row in found["trials"] if row["labels"]["method"] == method]
