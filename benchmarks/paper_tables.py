@@ -1,7 +1,7 @@
 """The paper's other tables on generated sums: what each choice of the method does to a student's accuracy.
 
-    python benchmarks/paper_tables.py [--only SPACE ...] [--seeds N] [--output runs/paper_tables] [--pieces FOLDER]
-        [key=value ...]
+    python benchmarks/paper_tables.py [--only SPACE ...] [--points PATTERN] [--seeds N] [--output runs/paper_tables]
+        [--pieces FOLDER] [key=value ...]
 
 The spaces are those of `tune/sweep.py`. The teacher is the scripted one, which is simulated: it explains its sums, and
 about a third of its samples are wrong. The student is the SmolLM2-135M of `quickstart.yaml`. So the tables say what the
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -50,6 +51,7 @@ SETTINGS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--points", default="", help="regular expression that the name of a point must match")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("runs/paper_tables"))
     parser.add_argument(
@@ -78,9 +80,8 @@ def tables(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[dict
             choices.setdefault(
                 identity(base, point), Choice(f"{name}, {point}", point.settings, pretrained=point.pretrained)
             )
-    labels = {
-        name: {str(point): choices[identity(base, point)].label for point in spaces[name].grid()} for name in names
-    }
+    chosen = {name: [p for p in spaces[name].grid() if re.search(arguments.points, str(p))] for name in names}
+    labels = {name: {str(point): choices[identity(base, point)].label for point in chosen[name]} for name in names}
     pieces = arguments.pieces or arguments.output
     seeds = range(base.train.seed, base.train.seed + arguments.seeds)
     trials = all_trials(
@@ -92,9 +93,10 @@ def tables(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[dict
     by_label: dict[str, list[dict[str, Any]]] = {}
     for trial in trials:
         by_label.setdefault(trial["labels"]["point"], []).append(trial)
-    overrides = " ".join(["--seeds", str(arguments.seeds), *arguments.overrides])
+    only = ["--points", f"'{arguments.points}'"] if arguments.points else []
+    overrides = " ".join([*only, "--seeds", str(arguments.seeds), *arguments.overrides])
     for name in names:
-        points, default = spaces[name].grid(), spaces[name].default(base)
+        points, default = chosen[name], spaces[name].default(base)
         of_point = {str(point): by_label[labels[name][str(point)]] for point in points}
         rows = [_row(trial, point) for point in points for trial in of_point[str(point)]]
         answers = {point: right_answers(of_trials) for point, of_trials in of_point.items()}
@@ -109,7 +111,7 @@ def tables(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[dict
             "differences": {
                 point: paired(answers[point], answers[str(default)])
                 for point in answers
-                if default and point != str(default)
+                if str(default) in answers and point != str(default)
             },
             "trials": [asdict(row) for row in rows],
         }
