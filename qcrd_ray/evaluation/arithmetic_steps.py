@@ -72,7 +72,8 @@ _CUT = _words("remainder remaining remain remains rounded rounding leftover left
 """Said of a division whose result is cut to a whole number."""
 _DENIED = re.compile(r"\s*(?:is|are|was|would be|cannot be)\s+(?:not|wrong|incorrect|false)\b", re.IGNORECASE)
 _DENIED_LATER = re.compile(
-    r"\W*(?:which|that|this|it)\s+(?:is|was|would be)\s+(?:not|wrong|incorrect|false)\b", re.IGNORECASE
+    r"\W*(?:which|that|this|it)\s+(?:is|was|would be)\s+(?:not\s+(?:right|correct|true)|wrong|incorrect|false)\b",
+    re.IGNORECASE,
 )
 _MEASURES = _words(
     "second sec minute min hour hr day week month year cent penny pennie nickel dime quarter dollar inch inche foot",

@@ -28,6 +28,7 @@ def marks(text: str) -> str:
         ("3 + 5 does not = 9", ""),
         ("He thought 3 + 5 = 9, which is wrong.", ""),
         ("He got 3 + 5 = 9, which is right.", "w"),
+        ("23 - 6 = 18, which is not much", "w"),
         ("84 / 2 = 43", "w"),
         ("x = 3 * 4 = 12", "r"),
         ("x = 3 * 4 = 13", "w"),
